@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: MIT
+"""Every name that the daemon and its clients share: the contract, as data.
+
+The one module of the client that the daemon imports. It holds names, D-Bus types of dictionary keys and the table of
+errors, and finds the interface XML. What the names *do* is left to the daemon; how they travel to udmabufd_base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import Final, NamedTuple
+
+VERSION: Final = 1
+"""Value of the property Version: raised when members are added, never when they change."""
+
+BUS_NAME: Final = "org.udmabufd.Allocator1"
+OBJECT_PATH: Final = "/org/udmabufd/Allocator1"
+BUFFER_PATH_PREFIX: Final = OBJECT_PATH + "/buffer/"
+"""A buffer's object path is this and its id: 64 random bits as 16 hexadecimal digits, never reused."""
+
+ALLOCATOR_INTERFACE: Final = "org.udmabufd.Allocator1"
+BUFFER_INTERFACE: Final = "org.udmabufd.Buffer1"
+LOG_CONTROL_INTERFACE: Final = "org.freedesktop.LogControl1"
+LOG_CONTROL_PATH: Final = "/org/freedesktop/LogControl1"
+
+ERROR_PREFIX: Final = "org.udmabufd.Error."
+
+
+class ErrorName(StrEnum):
+    """The errors of the interface; on the bus each carries ERROR_PREFIX."""
+
+    INVALID_SPEC = "InvalidSpec"
+    INCOMPATIBLE_CONSTRAINTS = "IncompatibleConstraints"
+    NO_ALLOCATOR = "NoAllocator"
+    NO_SUCH_DEVICE = "NoSuchDevice"
+    NO_SUCH_BUFFER = "NoSuchBuffer"
+    ACCESS_DENIED = "AccessDenied"
+    NOT_SUPPORTED = "NotSupported"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    RATE_LIMITED = "RateLimited"
+    OUT_OF_MEMORY = "OutOfMemory"
+    KERNEL_LIMIT = "KernelLimit"
+    UDMABUF_UNAVAILABLE = "UdmabufUnavailable"
+    CACHE_UNAVAILABLE = "CacheUnavailable"
+    BAD_MEMFD = "BadMemfd"
+    BUSY = "Busy"
+    MOVE_TIMED_OUT = "MoveTimedOut"
+
+
+ERROR_MEANINGS: Final[dict[ErrorName, str]] = {
+    ErrorName.INVALID_SPEC: "A key or argument is unknown, of the wrong type, out of range, or contradicts another; "
+    "the message names it.",
+    ErrorName.INCOMPATIBLE_CONSTRAINTS: "Two devices have no value in common for a constraint.",
+    ErrorName.NO_ALLOCATOR: "No enabled allocator matches what was asked for.",
+    ErrorName.NO_SUCH_DEVICE: "The device is not known to udev.",
+    ErrorName.NO_SUCH_BUFFER: "There is no such buffer, or the caller holds no share of it.",
+    ErrorName.ACCESS_DENIED: "The caller may not do this.",
+    ErrorName.NOT_SUPPORTED: "This kernel or this kind of buffer cannot do it.",
+    ErrorName.QUOTA_EXCEEDED: "The caller's user would hold more bytes or buffers than its limit.",
+    ErrorName.RATE_LIMITED: "The caller's user made too many calls, or has too many under way; try again later.",
+    ErrorName.OUT_OF_MEMORY: "The kernel or the service has no memory, or no file descriptor, left for it.",
+    ErrorName.KERNEL_LIMIT: "A parameter of the kernel's udmabuf driver forbids it; the message names parameter and "
+    "value.",
+    ErrorName.UDMABUF_UNAVAILABLE: "/dev/udmabuf is absent or failed its test; the message says what to do.",
+    ErrorName.CACHE_UNAVAILABLE: "The required cache attribute cannot be had.",
+    ErrorName.BAD_MEMFD: "A memfd lacks a seal, a mode, alignment or pages.",
+    ErrorName.BUSY: "The buffer is held in place, or is already moving.",
+    ErrorName.MOVE_TIMED_OUT: "An importer did not answer a move in time.",
+}
+"""One sentence each, for manual pages and `--help`."""
+
+
+class State(StrEnum):
+    """States of a buffer that this version can be in."""
+
+    EMPTY = "empty"
+    BACKED = "backed"
+
+
+class Kind(StrEnum):
+    """What is handed out: a dma-buf, or a sealed memfd for wl_shm and CPU sharing."""
+
+    DMA_BUF = "dma-buf"
+    MEMFD = "memfd"
+
+
+class Cache(StrEnum):
+    """Cache attribute of the CPU mappings of a buffer."""
+
+    CACHED = "cached"
+    WRITE_COMBINE = "write-combine"
+    UNCACHED = "uncached"
+
+
+class CachePolicy(StrEnum):
+    """What to do when the cache attribute asked for cannot be had: take another, or refuse."""
+
+    PREFER = "prefer"
+    REQUIRE = "require"
+
+
+class CacheEvidence(StrEnum):
+    """How the effective cache attribute is known."""
+
+    DEFAULT = "default"
+    DRIVER = "driver"
+    PROBE = "probe"
+    MEASURED = "measured"
+
+
+UDMABUF: Final = "udmabuf"
+MEMFD: Final = "memfd"
+"""Names of the allocators of this version."""
+
+MAX_FDS_PER_MESSAGE: Final = 16
+"""dbus-daemon's max_message_unix_fds default, and so the largest count of AllocateMany."""
+
+NAME_MAX: Final = 31
+"""Bytes of a buffer's name: DMA_BUF_NAME_LEN of include/uapi/linux/dma-buf.h without the terminating NUL."""
+
+
+class Key(NamedTuple):
+    """A key of a dictionary: the D-Bus type that its value has exactly, and what it means."""
+
+    type: str
+    meaning: str
+
+
+SPEC_KEYS: Final[dict[str, Key]] = {
+    "size": Key("t", "Bytes wanted, rounded up to whole pages. Either this or width, height and format."),
+    "width": Key("u", "Pixels in a row."),
+    "height": Key("u", "Rows."),
+    "format": Key("s", "DRM fourcc, exactly four characters, spaces included, such as XR24 or NV12."),
+    "name": Key("s", "1 to 31 bytes of 0x20 to 0x7e, shown by the kernel and by listings; made up if absent."),
+    "kind": Key("s", "dma-buf (default), or memfd: a sealed memfd for wl_shm and CPU sharing."),
+    "cache": Key("s", "Cache attribute of CPU mappings: cached (default), write-combine or uncached."),
+    "cache_policy": Key("s", "prefer (default) takes what can be had; require refuses anything but cache."),
+    "allocator": Key("s", "Take memory from this allocator and no other."),
+}
+"""Keys of `spec`."""
+
+GET_FD_KEYS: Final[dict[str, Key]] = {}
+"""Keys of the options of GetFd; none yet."""
+
+INFO_KEYS: Final[dict[str, Key]] = {
+    "size": Key("t", "Bytes of the file descriptor, in whole pages: what is charged."),
+    "size_requested": Key("t", "Bytes asked for, by size or by the layout of the picture."),
+    "kind": Key("s", "dma-buf or memfd."),
+    "allocator": Key("s", "The allocator that served."),
+    "cache_requested": Key("s", "As in spec."),
+    "cache_effective": Key("s", "What CPU mappings really are."),
+    "cache_evidence": Key("s", "How that is known: default, driver, probe or measured."),
+    "needs_sync": Key("b", "Whether CPU access needs the DMA_BUF_SYNC brackets to be correct; true when unsure."),
+    "width": Key("u", "As in spec."),
+    "height": Key("u", "As in spec."),
+    "format": Key("s", "As in spec."),
+    "modifier": Key("t", "DRM format modifier: 0, LINEAR."),
+    "offsets": Key("at", "Bytes from the start of the buffer to each plane, in the order of the fourcc."),
+    "strides": Key("at", "Bytes from row to row of each plane."),
+    "serial": Key("t", "1 for the first memory of the buffer, higher for each later one."),
+    "inode": Key("t", "Inode number of the file descriptor: the same in every process that has it."),
+    "name": Key("s", "The buffer's name."),
+}
+"""Keys of `info`; a key that does not apply is absent."""
+
+LIST_KEYS: Final[dict[str, Key]] = {
+    "buffer": Key("o", "The buffer's object."),
+    **INFO_KEYS,
+    "state": Key("s", "empty or backed."),
+    "holders": Key("u", "Connections that hold shares of it."),
+    "references": Key(
+        "u",
+        "References to the dma-buf that others hold: file descriptors, mappings and imports. "
+        "Absent where the kernel counts none.",
+    ),
+    "charged": Key("t", "Bytes charged to the user who created it."),
+}
+"""Keys of each entry of ListBuffers; a key that does not apply is absent."""
+
+
+def types(keys: Mapping[str, Key]) -> dict[str, str]:
+    """Return the D-Bus type of each key."""
+    return {name: key.type for name, key in keys.items()}
+
+
+SPEC_TYPES: Final = types(SPEC_KEYS)
+GET_FD_TYPES: Final = types(GET_FD_KEYS)
+INFO_TYPES: Final = types(INFO_KEYS)
+LIST_TYPES: Final = types(LIST_KEYS)
+"""D-Bus types alone, by key."""
+
+
+def buffer_path(buffer_id: str) -> str:
+    """Return the object path of the buffer with this id."""
+    return BUFFER_PATH_PREFIX + buffer_id
+
+
+def buffer_id(path: str) -> str:
+    """Return the id of the buffer whose object path this is."""
+    return path.removeprefix(BUFFER_PATH_PREFIX)
+
+
+def interface_xml(name: str) -> str:
+    """Return the introspection document of interface `name`, as shipped in systemd/interfaces.
+
+    Raises FileNotFoundError when the installation lacks it.
+    """
+    packaged = resources.files("udmabufd_client") / "interfaces" / f"{name}.xml"
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    # A source tree or an editable installation: the file is in its one home.
+    source = Path(__file__).resolve().parents[2] / "systemd" / "interfaces" / f"{name}.xml"
+    return source.read_text(encoding="utf-8")
