@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""The allocator `memfd`: sealed memfds for wl_shm and CPU sharing, for machines without udmabuf too.
+
+Handed out as holes and never touched by the service: the kernel charges each page to the client that touches it
+first.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+from udmabufd.core.allocator import refuse_other_caches
+from udmabufd.core.errors import AllocatorError
+from udmabufd.core.memory import Memory
+from udmabufd.core.spec import MAX_SIZE, Request
+from udmabufd.linux import memfd
+from udmabufd_client.contract import MEMFD, Cache, CacheEvidence, Kind
+
+
+class MemfdAllocator:
+    """See the module; `max_size` bytes is what a user may hold in all."""
+
+    name = MEMFD
+    kind = Kind.MEMFD
+    unavailable: AllocatorError | None = None
+
+    def __init__(self, max_size: int) -> None:
+        self.max_size = min(max_size, MAX_SIZE)
+
+    def match(self, request: Request) -> AllocatorError | None:
+        """Return the refusal of a cache attribute, or None; sizes are the ledger's matter."""
+        return refuse_other_caches(request)
+
+    def allocate(self, request: Request, name: str) -> Memory:
+        """Make a memfd of request.size bytes, sealed SHRINK, GROW and SEAL. Raises OSError."""
+        with ExitStack() as undo:
+            fd = undo.enter_context(memfd.create(name, request.size))
+            memfd.add_seals(fd.fileno(), memfd.F_SEAL_SHRINK | memfd.F_SEAL_GROW | memfd.F_SEAL_SEAL)
+            inode = os.fstat(fd.fileno()).st_ino
+            undo.pop_all()
+        return Memory(
+            allocator=self.name,
+            memfd=fd,
+            dma_buf=None,
+            inode=inode,
+            cache=Cache.CACHED,
+            evidence=CacheEvidence.DEFAULT,
+            needs_sync=False,
+        )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""The memory behind a buffer: which descriptors the service owns for it, and what is known about it.
+
+One owner: whoever holds a Memory closes it. Allocators make it, the registry keeps it, nobody else takes its fds;
+what a client gets is a duplicate.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from udmabufd.linux import dmabuf
+from udmabufd_base.fd import OwnedFd
+from udmabufd_client.contract import Cache, CacheEvidence
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Memory:
+    """Backing of one buffer. `memfd` is never mapped and, beside a `dma_buf`, never handed out.
+
+    `cache` and `evidence` say what CPU mappings really are and how that is known; `needs_sync` whether CPU access
+    needs the DMA_BUF_SYNC brackets to be correct; `inode` is st_ino of the descriptor that clients get.
+    """
+
+    allocator: str
+    memfd: OwnedFd
+    dma_buf: OwnedFd | None
+    inode: int
+    cache: Cache
+    evidence: CacheEvidence
+    needs_sync: bool
+
+    def dup(self) -> OwnedFd:
+        """Return a new descriptor for a client, CLOEXEC. Raises OSError (EMFILE)."""
+        return (self.dma_buf or self.memfd).dup()
+
+    def references(self) -> int | None:
+        """References that others hold to the dma-buf, as far as the kernel counts them; None where it does not.
+
+        The count is of open files, mappings and descriptors on their way, not of processes; O_PATH descriptors are
+        in no count.
+        """
+        if self.dma_buf is None:
+            return None
+        try:
+            return max(dmabuf.fdinfo(self.dma_buf.fileno()).count - 1, 0)
+        except (OSError, ValueError) as error:
+            log.warning("Cannot read the reference count of a dma-buf: %s", error)
+            return None
+
+    def set_name(self, name: str) -> None:
+        """Name the dma-buf in the kernel's listings. Raises OSError: EBUSY while attached on kernels before 5.19."""
+        if self.dma_buf is not None:
+            dmabuf.set_name(self.dma_buf.fileno(), name)
+
+    def close(self) -> None:
+        """Close both descriptors; further calls do nothing."""
+        if self.dma_buf is not None:
+            self.dma_buf.close()
+        self.memfd.close()

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: MIT
+"""The use cases over an allocator that can be made to wait, fail and count: nothing leaks, nothing is half done."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import threading
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from udmabufd.core.buffer import Holder
+from udmabufd.core.errors import (
+    AllocatorError,
+    InvalidSpec,
+    KernelLimit,
+    NoAllocator,
+    NoSuchBuffer,
+    OutOfMemory,
+    QuotaExceeded,
+    UdmabufUnavailable,
+)
+from udmabufd.core.ledger import Ledger
+from udmabufd.core.limits import Limits
+from udmabufd.core.memfd_allocator import MemfdAllocator
+from udmabufd.core.memory import Memory
+from udmabufd.core.pool import Pool
+from udmabufd.core.service import Grant, Service
+from udmabufd.core.spec import PAGE_SIZE, Request
+from udmabufd.core.workers import Workers
+from udmabufd_client.contract import Kind, State
+
+SPEC = {"size": PAGE_SIZE, "kind": "memfd"}
+ALICE, BOB = 1000, 1001
+
+
+class Scripted(MemfdAllocator):
+    """The memfd allocator under a test's hand: `gate` holds allocations up, `failures` makes them fail in turn."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 40)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.waiting = threading.Event()
+        self.failures: list[OSError | None] = []
+        self.refusal: AllocatorError | None = None
+        self.made: list[Memory] = []
+
+    def match(self, request: Request) -> AllocatorError | None:
+        return self.refusal
+
+    def allocate(self, request: Request, name: str) -> Memory:
+        self.waiting.set()
+        assert self.gate.wait(10)
+        if self.failures and (failure := self.failures.pop(0)):
+            raise failure
+        self.made.append(super().allocate(request, name))
+        return self.made[-1]
+
+    @property
+    def all_closed(self) -> bool:
+        return all(memory.memfd.closed for memory in self.made)
+
+
+class World:
+    """A service with small limits, and its parts."""
+
+    def __init__(self) -> None:
+        self.limits = Limits(max_bytes_per_user=8 * PAGE_SIZE, max_buffers_per_user=4, max_buffers=6)
+        self.ledger = Ledger(self.limits, time.monotonic)
+        self.allocator = Scripted()
+        self.workers = Workers()
+        self.service = Service(self.limits, self.ledger, Pool([self.allocator]), self.workers)
+        self.alice, self.bob = Holder(":1.1", ALICE), Holder(":1.2", BOB)
+
+    def books(self) -> tuple[int, int, int, int]:
+        """Bytes and buffers of alice, then of bob."""
+        a, b = self.ledger.account(ALICE), self.ledger.account(BOB)
+        return a.bytes, a.buffers, b.bytes, b.buffers
+
+    async def until_allocating(self) -> None:
+        assert await asyncio.to_thread(self.allocator.waiting.wait, 10)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = World()
+    yield world
+    world.allocator.gate.set()
+    await world.service.close()
+    world.workers.close()
+    assert world.books() == (0, 0, 0, 0)
+    assert world.allocator.all_closed
+    assert world.service.buffer_count == 0
+
+
+def close(grants: list[Grant]) -> None:
+    for grant in grants:
+        grant.fd.close()
+
+
+async def test_allocate_charges_and_release_gives_back(world: World) -> None:
+    (grant,) = await world.service.allocate(world.alice, SPEC)
+    grant.fd.close()
+    assert world.books() == (PAGE_SIZE, 1, 0, 0)
+    assert grant.buffer.state is State.BACKED
+    await world.service.release(world.alice, grant.buffer.id)
+    assert world.books() == (0, 0, 0, 0)
+    with pytest.raises(NoSuchBuffer):
+        world.service.get(world.alice, grant.buffer.id)
+
+
+async def test_many_are_all_or_nothing_when_the_kernel_runs_out(world: World) -> None:
+    world.allocator.failures = [None, None, OSError(errno.ENOMEM, "")]
+    with pytest.raises(OutOfMemory, match="ENOMEM"):
+        await world.service.allocate(world.alice, SPEC, 4)
+    assert len(world.allocator.made) == 2
+    assert world.allocator.all_closed
+    assert world.books() == (0, 0, 0, 0)
+
+
+async def test_many_are_all_or_nothing_when_the_quota_runs_out(world: World) -> None:
+    with pytest.raises(QuotaExceeded, match="max_buffers_per_user of 4; 4 are held"):
+        await world.service.allocate(world.alice, SPEC, 5)
+    with pytest.raises(QuotaExceeded, match="max_bytes_per_user"):
+        await world.service.allocate(world.alice, {**SPEC, "size": 3 * PAGE_SIZE}, 3)
+    assert not world.allocator.made
+    assert world.books() == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("count", [0, 17, (1 << 32) - 1])
+async def test_a_count_out_of_range_names_count(world: World, count: int) -> None:
+    with pytest.raises(InvalidSpec, match="^count: "):
+        await world.service.allocate(world.alice, SPEC, count)
+
+
+async def test_the_limit_of_all_users_holds(world: World) -> None:
+    close(await world.service.allocate(world.alice, SPEC, 4))
+    close(await world.service.allocate(world.bob, SPEC, 2))
+    with pytest.raises(QuotaExceeded, match="holds 6 buffers"):
+        world.service.create(world.bob, SPEC)
+
+
+async def test_a_caller_that_dies_while_its_memory_is_made_leaves_nothing(world: World) -> None:
+    world.allocator.gate.clear()
+    allocation = asyncio.create_task(world.service.allocate(world.alice, SPEC, 2))
+    await world.until_allocating()
+    world.service.drop(world.alice)
+    world.allocator.gate.set()
+    with pytest.raises(NoSuchBuffer):
+        await allocation
+    await world.service.settled()
+    assert len(world.allocator.made) == 2
+    assert world.allocator.all_closed
+    assert world.books() == (0, 0, 0, 0)
+
+
+async def test_one_of_many_released_while_they_are_made_undoes_all(world: World) -> None:
+    world.allocator.gate.clear()
+    allocation = asyncio.create_task(world.service.allocate(world.alice, SPEC, 2))
+    await world.until_allocating()
+    await world.service.release(world.alice, world.service.list_for(ALICE)[0].id)
+    world.allocator.gate.set()
+    with pytest.raises(NoSuchBuffer):
+        await allocation
+    await world.service.settled()
+    assert world.allocator.all_closed
+    assert world.books() == (0, 0, 0, 0)
+
+
+async def test_an_empty_buffer_costs_a_buffer_and_no_bytes_until_the_first_fd(world: World) -> None:
+    changes: list[tuple[str, ...]] = []
+    world.service.changed = lambda _buffer, names: changes.append(names)
+    buffer = world.service.create(world.alice, SPEC)
+    assert (buffer.state, world.books()) == (State.EMPTY, (0, 1, 0, 0))
+    grants = await asyncio.gather(*(world.service.get_fd(world.alice, buffer.id) for _ in range(5)))
+    close(grants)
+    assert len(world.allocator.made) == 1
+    assert (buffer.state, world.books()) == (State.BACKED, (PAGE_SIZE, 1, 0, 0))
+    assert changes == [("State", "Serial", "Allocator")]
+
+
+async def test_a_first_fd_that_fails_can_be_asked_for_again(world: World) -> None:
+    buffer = world.service.create(world.alice, SPEC)
+    world.allocator.failures = [OSError(errno.ENOSPC, "")]
+    with pytest.raises(OutOfMemory):
+        await world.service.get_fd(world.alice, buffer.id)
+    assert world.books() == (0, 1, 0, 0)
+    (await world.service.get_fd(world.alice, buffer.id)).fd.close()
+    assert world.books() == (PAGE_SIZE, 1, 0, 0)
+
+
+async def test_a_buffer_released_while_its_first_fd_is_made_ends(world: World) -> None:
+    buffer = world.service.create(world.alice, SPEC)
+    world.allocator.gate.clear()
+    asking = [asyncio.create_task(world.service.get_fd(world.alice, buffer.id)) for _ in range(2)]
+    await world.until_allocating()
+    await world.service.release(world.alice, buffer.id)
+    world.allocator.gate.set()
+    for task in asking:
+        with pytest.raises(NoSuchBuffer):
+            await task
+    await world.service.settled()
+    assert world.books() == (0, 0, 0, 0)
+
+
+async def test_a_ticket_shares_and_each_holder_releases_for_itself(world: World) -> None:
+    buffer = world.service.create(world.alice, SPEC)
+    with pytest.raises(NoSuchBuffer):
+        world.service.get(world.bob, buffer.id)
+    assert world.service.import_ticket(world.bob, buffer.ticket) is buffer
+    assert world.service.import_ticket(world.bob, buffer.ticket) is buffer
+    assert world.books() == (0, 1, 0, 1)
+    world.service.drop(world.alice)
+    (await world.service.get_fd(world.bob, buffer.id)).fd.close()
+    assert world.books() == (0, 0, PAGE_SIZE, 1)
+    await world.service.release(world.bob, buffer.id)
+    assert world.service.get(world.bob, buffer.id) is buffer
+    await world.service.release(world.bob, buffer.id)
+    with pytest.raises(NoSuchBuffer):
+        world.service.import_ticket(world.bob, buffer.ticket)
+
+
+async def test_an_import_counts_against_the_importer(world: World) -> None:
+    for _ in range(4):
+        world.service.create(world.bob, SPEC)
+    buffer = world.service.create(world.alice, SPEC)
+    with pytest.raises(QuotaExceeded):
+        world.service.import_ticket(world.bob, buffer.ticket)
+    assert world.books() == (0, 1, 0, 4)
+    assert not world.service.list_for(12345)
+    assert len(world.service.list_for(0)) == 5
+
+
+async def test_names_are_checked_and_changed(world: World) -> None:
+    buffer = world.service.create(world.alice, SPEC)
+    await world.service.set_name(world.alice, buffer.id, "front")
+    assert buffer.name == "front"
+    with pytest.raises(InvalidSpec, match="^name: "):
+        await world.service.set_name(world.alice, buffer.id, "x" * 32)
+    with pytest.raises(NoSuchBuffer):
+        await world.service.set_name(world.bob, buffer.id, "mine")
+    assert buffer.name == "front"
+
+
+class Refusing(Scripted):
+    """A second allocator of dma-bufs that refuses, for the sum of refusals."""
+
+    kind = Kind.DMA_BUF
+
+    def __init__(self, name: str, refusal: AllocatorError) -> None:
+        super().__init__()
+        self.name = name
+        self.refusal = refusal
+
+
+def test_what_every_allocator_refused_by_a_kernel_limit_is_a_kernel_limit() -> None:
+    request = Request.from_spec({"size": 1})
+    limit, other = KernelLimit("size: too big"), UdmabufUnavailable("absent")
+    with pytest.raises(KernelLimit):
+        Pool([Refusing("udmabuf", limit), Refusing("udmabuf-2M", limit)]).select(request)
+    with pytest.raises(NoAllocator, match="size: too big; absent"):
+        Pool([Refusing("udmabuf", limit), Refusing("udmabuf-2M", other)]).select(request)
+    with pytest.raises(UdmabufUnavailable):
+        Pool([Refusing("udmabuf", other)]).select(request)
+    with pytest.raises(NoAllocator, match="^allocator: 'heap:system' is not among the enabled allocators udmabuf"):
+        Pool([Refusing("udmabuf", other)]).select(Request.from_spec({"size": 1, "allocator": "heap:system"}))
+
+
+def test_the_next_allocator_serves_what_the_first_has_run_out_of() -> None:
+    first, second = Scripted(), Scripted()
+    first.failures = [OSError(errno.ENOMEM, ""), OSError(errno.EINVAL, "")]
+    request = Request.from_spec(SPEC)
+    Pool([first, second]).allocate(request, "a").close()
+    assert len(second.made) == 1
+    # What is no shortage would fail again, and is told.
+    with pytest.raises(AllocatorError, match="EINVAL"):
+        Pool([first, second]).allocate(request, "b")
+    assert len(second.made) == 1
+
+
+async def test_the_earliest_holder_takes_the_charge_when_the_creator_has_released(world: World) -> None:
+    (grant,) = await world.service.allocate(world.alice, SPEC)
+    grant.fd.close()
+    world.service.import_ticket(world.bob, grant.buffer.ticket)
+    await world.service.release(world.alice, grant.buffer.id)
+    assert world.books() == (0, 0, PAGE_SIZE, 1)
+    world.service.drop(world.bob)
+    await world.service.settled()
+    assert world.books() == (0, 0, 0, 0)
+
+
+async def test_memory_made_after_the_creator_left_is_charged_to_who_stayed(world: World) -> None:
+    buffer = world.service.create(world.alice, SPEC)
+    world.service.import_ticket(world.bob, buffer.ticket)
+    world.allocator.gate.clear()
+    asking = asyncio.create_task(world.service.get_fd(world.bob, buffer.id))
+    await world.until_allocating()
+    world.service.drop(world.alice)
+    world.allocator.gate.set()
+    (await asking).fd.close()
+    assert world.books() == (0, 0, PAGE_SIZE, 1)
+
+
+async def test_another_users_figures_are_not_told(world: World) -> None:
+    close(await world.service.allocate(world.alice, {**SPEC, "size": 8 * PAGE_SIZE}))
+    buffer = world.service.create(world.alice, SPEC)
+    world.service.import_ticket(world.bob, buffer.ticket)
+    with pytest.raises(QuotaExceeded) as caught:
+        await world.service.get_fd(world.bob, buffer.id)
+    assert "in use" not in str(caught.value)
+    with pytest.raises(QuotaExceeded, match=f"{8 * PAGE_SIZE} are in use"):
+        await world.service.get_fd(world.alice, buffer.id)
+
+
+async def test_a_name_given_while_the_memory_is_made_reaches_the_kernel(world: World) -> None:
+    buffer = world.service.create(world.alice, {**SPEC, "name": "old"})
+    world.allocator.gate.clear()
+    asking = asyncio.create_task(world.service.get_fd(world.alice, buffer.id))
+    await world.until_allocating()
+    naming = asyncio.create_task(world.service.set_name(world.alice, buffer.id, "new"))
+    await asyncio.sleep(0)
+    assert buffer.name == "old"
+    world.allocator.gate.set()
+    (await asking).fd.close()
+    await naming
+    assert buffer.name == "new"
+
+
+async def test_the_error_of_an_allocation_outlives_its_undoing(world: World) -> None:
+    world.allocator.failures = [OSError(errno.ENOSPC, "")]
+    world.allocator.gate.clear()
+    allocation = asyncio.create_task(world.service.allocate(world.alice, SPEC))
+    await world.until_allocating()
+    (buffer,) = world.service.list_for(ALICE)
+    world.service.import_ticket(world.bob, buffer.ticket)
+    await world.service.release(world.alice, buffer.id)
+    world.allocator.gate.set()
+    with pytest.raises(OutOfMemory):
+        await allocation
+    world.service.drop(world.bob)
