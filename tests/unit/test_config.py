@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""Configuration files: precedence, drop-ins, and errors that name file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from udmabufd.config import OPTIONS, Config, ConfigError, load
+
+
+@pytest.fixture
+def directories(tmp_path: Path) -> list[Path]:
+    """/etc, /run and /usr/lib of a test, in that order."""
+    return [tmp_path / name for name in ("etc", "run", "lib")]
+
+
+def write(directory: Path, name: str, text: str) -> None:
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_without_files_everything_has_its_default(directories: list[Path]) -> None:
+    assert load(directories=directories) == Config()
+
+
+def test_the_first_main_file_counts_and_drop_ins_follow_in_order_of_their_names(directories: list[Path]) -> None:
+    etc, run, lib = directories
+    write(lib, "udmabufd.toml", "[limits]\nmax_buffers = 1\nmax_buffers_per_user = 1\n")
+    write(run, "udmabufd.toml", "[limits]\nmax_buffers = 2\n")
+    write(lib, "udmabufd.toml.d/20-b.toml", "[limits]\nmax_calls_per_window = 20\n")
+    write(etc, "udmabufd.toml.d/10-a.toml", "[limits]\nmax_calls_per_window = 10\ncall_window_usec = 5000\n")
+    limits = load(directories=directories).limits
+    assert limits.max_buffers == 2
+    assert limits.max_buffers_per_user == Config().limits.max_buffers_per_user
+    assert (limits.max_calls_per_window, limits.call_window_usec) == (20, 5000)
+
+
+def test_a_drop_in_in_etc_hides_its_namesake(directories: list[Path]) -> None:
+    etc, _, lib = directories
+    write(lib, "udmabufd.toml.d/10-a.toml", "[limits]\nmax_buffers = 7\n")
+    write(etc, "udmabufd.toml.d/10-a.toml", "")
+    assert load(directories=directories) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[limits]\nmax_bufers = 1\n", "'max_bufers' is not one of the keys of"),
+        ("[limit]\nmax_buffers = 1\n", "'limit' is not one of the sections"),
+        ("limits = 1\n", "'limits' is not one of the sections"),
+        ("[limits]\nmax_buffers = 0\n", "max_buffers must be 1 to 1000000 buffers, not 0"),
+        ("[limits]\nmax_buffers = true\n", "max_buffers must be of type int"),
+        ("[limits]\nmax_buffers = '5'\n", "max_buffers must be of type int"),
+        ("[limits\n", "Expected"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert complaint in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_an_error_when_it_was_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "absent.toml")
+
+
+def test_every_option_is_documented_and_bounded() -> None:
+    for option in OPTIONS:
+        assert option.doc.endswith(".")
+        assert option.type is str or (option.minimum is not None and option.maximum is not None)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(directories: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # Root, as which tests run, may read everything.
+    monkeypatch.setattr("os.listdir", refuse)
+    with pytest.raises(ConfigError, match="etc.*: Permission denied"):
+        load(directories=directories)
