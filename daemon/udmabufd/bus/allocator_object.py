@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""org.udmabufd.Allocator1: its members, each one call of the service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from udmabufd.bus.info import entry, info
+from udmabufd.bus.objects import Call, Exported, Reply
+from udmabufd.bus.values import unwrap
+from udmabufd.core.service import Service
+from udmabufd_base.codec import Variant
+from udmabufd_client.contract import (
+    ALLOCATOR_INTERFACE,
+    MAX_FDS_PER_MESSAGE,
+    SPEC_TYPES,
+    UDMABUF,
+    VERSION,
+    buffer_path,
+)
+
+
+class AllocatorObject:
+    """Handlers of the methods; properties are read off the service."""
+
+    def __init__(self, service: Service, room: Callable[[], Awaitable[None]]) -> None:
+        """`room` waits until the bus takes more."""
+        self._service = service
+        self._room = room
+        self._listing = asyncio.Lock()
+        limits, pool = service.limits, service.pool
+        self.exported = Exported(
+            ALLOCATOR_INTERFACE,
+            methods={
+                "Allocate": self.allocate,
+                "AllocateMany": self.allocate_many,
+                "CreateBuffer": self.create_buffer,
+                "ImportTicket": self.import_ticket,
+                "ListBuffers": self.list_buffers,
+            },
+            getters={
+                "Version": lambda _: VERSION,
+                "UdmabufAvailable": lambda _: UDMABUF in pool.names,
+                "Allocators": lambda _: pool.names,
+                "MaxBufferSize": lambda _: pool.max_size,
+                "MaxBytesPerUser": lambda _: limits.max_bytes_per_user,
+                "MaxBuffersPerUser": lambda _: limits.max_buffers_per_user,
+                "MaxBuffers": lambda _: limits.max_buffers,
+                "MaxFdsPerMessage": lambda _: MAX_FDS_PER_MESSAGE,
+                "MaxCallsPerWindow": lambda _: limits.max_calls_per_window,
+                "CallWindowUSec": lambda _: limits.call_window_usec,
+                "MaxCallsInFlightPerUser": lambda _: limits.max_calls_in_flight_per_user,
+                "Buffers": lambda _: service.buffer_count,
+                "Bytes": lambda _: service.byte_count,
+            },
+        )
+
+    async def allocate(self, call: Call, spec: dict[str, Variant]) -> Reply:
+        """See the XML."""
+        (grant,) = await self._service.allocate(call.holder, unwrap(spec, SPEC_TYPES))
+        return Reply([buffer_path(grant.buffer.id), 0, info(grant.buffer)], [grant.fd])
+
+    async def allocate_many(self, call: Call, spec: dict[str, Variant], count: int) -> Reply:
+        """See the XML."""
+        grants = await self._service.allocate(call.holder, unwrap(spec, SPEC_TYPES), count)
+        paths = [buffer_path(grant.buffer.id) for grant in grants]
+        infos: list[Any] = [info(grant.buffer) for grant in grants]
+        return Reply([paths, list(range(len(grants))), infos], [grant.fd for grant in grants])
+
+    def create_buffer(self, call: Call, spec: dict[str, Variant]) -> Reply:
+        """See the XML."""
+        return Reply([buffer_path(self._service.create(call.holder, unwrap(spec, SPEC_TYPES)).id)])
+
+    def import_ticket(self, call: Call, ticket: str) -> Reply:
+        """See the XML."""
+        buffer = self._service.import_ticket(call.holder, ticket)
+        return Reply([buffer_path(buffer.id), info(buffer)])
+
+    async def list_buffers(self, call: Call) -> Reply:
+        """See the XML."""
+        # A long list takes long: one in each turn of the loop, so that others are served in between.
+        async with self._listing:
+            await asyncio.sleep(0)
+            await self._room()
+            return Reply([[entry(buffer) for buffer in self._service.list_for(call.holder.uid)]])

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""The daemon's place on the bus: connect, export, own the name, and know when the bus is lost."""
+
+from __future__ import annotations
+
+import contextlib
+
+from udmabufd.bus.allocator_object import AllocatorObject
+from udmabufd.bus.buffer_object import BufferObject
+from udmabufd.bus.callers import Callers
+from udmabufd.bus.dispatch import MAX_CALL_BYTES, Dispatcher
+from udmabufd.bus.log_control import LogSettings, log_control
+from udmabufd.bus.objects import Call, Exported
+from udmabufd.bus.standard import StandardInterfaces, properties_changed
+from udmabufd.core.ledger import Ledger
+from udmabufd.core.service import Service
+from udmabufd_base.codec import Variant
+from udmabufd_base.connection import Connection
+from udmabufd_base.errors import BusError
+from udmabufd_client.contract import ALLOCATOR_INTERFACE, BUS_NAME, LOG_CONTROL_PATH, OBJECT_PATH, buffer_id
+
+
+class Server:
+    """One connection to the bus, and what is served on it."""
+
+    def __init__(self, service: Service, ledger: Ledger, log_settings: LogSettings) -> None:
+        self._service = service
+        self._dispatcher = Dispatcher(service.limits, ledger, self._check_holder)
+        self._connection: Connection | None = None
+        standard = StandardInterfaces(self._dispatcher).exported
+        objects: dict[str, tuple[Exported, ...]] = {
+            OBJECT_PATH: (AllocatorObject(service, self._dispatcher.room).exported, *standard),
+            LOG_CONTROL_PATH: (log_control(log_settings), *standard),
+        }
+        for path in tuple(objects):
+            # The objects on the way only lead to the others.
+            while path := path.rpartition("/")[0]:
+                objects.setdefault(path, standard)
+        objects["/"] = standard
+        self._dispatcher.export(objects, (BufferObject(service, self._dispatcher.emit).exported, *standard))
+
+    def _check_holder(self, call: Call) -> None:
+        self._service.get(call.holder, buffer_id(call.path))
+
+    async def start(self, address: str) -> None:
+        """Connect to `address` (or "system", "session") and take the name. Raises BusError, OSError."""
+        connection = await Connection.open(
+            address, receive_fds=False, handler=self._dispatcher.on_message, max_body=MAX_CALL_BYTES
+        )
+        self._connection = connection
+        callers = Callers(connection, self._service.drop)
+        # Before the name: nobody may call before the end of connections is watched.
+        await callers.watch()
+        self._dispatcher.start(connection, callers)
+        await connection.request_name(BUS_NAME)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection lives."""
+        return self._connection is not None and self._connection.lost is None
+
+    async def wait_lost(self) -> BusError:
+        """Wait for the end of the connection and return its cause."""
+        assert self._connection is not None
+        return await self._connection.wait_lost()
+
+    def availability_changed(self, available: bool) -> None:
+        """Tell everyone that UdmabufAvailable has changed."""
+        changed = {"UdmabufAvailable": Variant("b", available)}
+        self._dispatcher.emit(properties_changed(OBJECT_PATH, ALLOCATOR_INTERFACE, changed))
+
+    async def stop(self, timeout: float) -> None:
+        """Refuse new calls, answer those under way within `timeout` seconds, and disconnect."""
+        await self._dispatcher.stop(timeout)
+        if self._connection is not None and self._connection.lost is None:
+            with contextlib.suppress(BusError):
+                await self._connection.flush(timeout)
+        if self._connection is not None:
+            self._connection.close()
