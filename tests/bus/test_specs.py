@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""Whatever is put into a spec, the answer is a buffer or an error that names the key; nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.bus.peer import Peer, error
+from tests.bus.service import IN_GUEST, RunningService
+from udmabufd_base.codec import Variant
+from udmabufd_base.errors import RemoteError
+from udmabufd_client.contract import ERROR_PREFIX, SPEC_TYPES
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+WORDS = "XR24 NV12 dma-buf memfd cached uncached write-combine prefer require udmabuf heap:system wrapped"
+VARIANTS = st.one_of(
+    st.builds(Variant, st.just("t"), st.integers(0, (1 << 64) - 1) | st.integers(0, 1 << 20)),
+    st.builds(Variant, st.just("u"), st.integers(0, (1 << 32) - 1) | st.integers(0, 1 << 12)),
+    st.builds(Variant, st.just("i"), st.integers(-(1 << 31), (1 << 31) - 1)),
+    st.builds(Variant, st.just("b"), st.booleans()),
+    st.builds(Variant, st.just("d"), st.floats(allow_nan=False)),
+    st.builds(Variant, st.just("as"), st.lists(TEXT, max_size=3)),
+    st.builds(Variant, st.just("s"), TEXT),
+    st.builds(Variant, st.just("s"), st.sampled_from(WORDS.split())),
+)
+
+
+def of_type(signature: str) -> st.SearchStrategy[Variant]:
+    """Return variants of one D-Bus type."""
+    return VARIANTS.filter(lambda variant: bool(variant.signature == signature))
+
+
+TYPED = {key: of_type(signature) for key, signature in SPEC_TYPES.items()}
+SPECS = st.one_of(
+    st.dictionaries(st.sampled_from(sorted(SPEC_TYPES)) | TEXT, VARIANTS, max_size=6),
+    st.fixed_dictionaries({}, optional=TYPED),
+    st.fixed_dictionaries(
+        {"size": st.builds(Variant, st.just("t"), st.integers(1, 1 << 20))},
+        optional={key: TYPED[key] for key in ("name", "kind", "cache", "cache_policy", "allocator")},
+    ),
+)
+
+ALLOWED = {"InvalidSpec", "NoAllocator", "KernelLimit", "QuotaExceeded", "CacheUnavailable", "UdmabufUnavailable"}
+
+
+@contextmanager
+def loop_of_its_own() -> Iterator[asyncio.Runner]:
+    """One event loop for all examples of a synchronous property."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+def test_any_spec_is_served_or_refused_by_name(service: RunningService, long_run: bool) -> None:
+    with loop_of_its_own() as runner:
+        peer = runner.run(Peer.connect(service.address))
+        baseline = len(service.fds())
+
+        async def ask(member: str, signature: str, *body: Any) -> None:
+            try:
+                answer = await peer.call(member, signature, *body)
+            except RemoteError as refusal:
+                name = refusal.name.removeprefix(ERROR_PREFIX)
+                assert name in ALLOWED, refusal
+                if name == "InvalidSpec":
+                    key, _, reason = refusal.message.partition(": ")
+                    assert reason
+                    assert key in SPEC_TYPES or key == "count" or "is not a known key" in reason
+                assert not re.search(r"(^| )/(?!dev/udmabuf|sys/module/udmabuf)|Traceback", refusal.message), refusal
+                return
+            paths = answer[0] if isinstance(answer[0], list) else [answer[0]]
+            for path in paths:
+                await peer.call("Release", path=path)
+
+        @settings(
+            max_examples=1000 if long_run else 60 if IN_GUEST else 200,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        )
+        @given(SPECS, st.sampled_from(["Allocate", "CreateBuffer", "AllocateMany"]), st.integers(0, 3))
+        def check(values: dict[str, Variant], member: str, count: int) -> None:
+            if member == "AllocateMany":
+                runner.run(ask(member, "a{sv}u", values, count))
+            else:
+                runner.run(ask(member, "a{sv}", values))
+
+        try:
+            check()
+            assert runner.run(peer.get("Buffers")) == 0
+            assert runner.run(peer.get("Bytes")) == 0
+            assert len(service.fds()) <= baseline
+        finally:
+            peer.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"sise": Variant("t", 1)}, "sise"),
+        ({"size": Variant("u", 1)}, "size"),
+        ({"size": Variant("t", 1), "devices": Variant("as", [])}, "devices"),
+        ({"size": Variant("t", 1), "constraints": Variant("a{sv}", {})}, "constraints"),
+        ({"size": Variant("t", 1), "request_id": Variant("s", "x" * 16)}, "request_id"),
+        ({"size": Variant("t", 1), "a\nb\x1b[31m" + "c" * 99: Variant("t", 1)}, "a\\nb\\x1b[31m"),
+    ],
+)
+async def test_the_key_is_named(peer: Peer, values: dict[str, Variant], key: str) -> None:
+    with pytest.raises(RemoteError) as caught:
+        await peer.call("Allocate", "a{sv}", values)
+    assert caught.value.name == error("InvalidSpec")
+    assert caught.value.message.startswith(key)
+    assert len(caught.value.message) < 250
+
+
+async def test_more_than_a_user_may_have_is_refused_with_figures(peer: Peer) -> None:
+    limit = await peer.get("MaxBytesPerUser")
+    with pytest.raises(RemoteError, match=f"max_bytes_per_user of {limit}; 0 are in use") as caught:
+        await peer.allocate(size=limit + 1, kind="memfd")
+    assert caught.value.name == error("QuotaExceeded")
+    path, _, _ = await peer.allocate(size=limit, kind="memfd")
+    with pytest.raises(RemoteError, match=f"{limit} are in use"):
+        await peer.allocate(size=1, kind="memfd")
+    await peer.call("Release", path=path)
+    await peer.allocate(size=limit, kind="memfd")
