@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""The client library of udmabufd: dma-bufs from the allocator service, as objects.
+
+`Client` blocks its callers; `aio.Client` has the same verbs as coroutines. Names are imported when they are first
+used, so that `udmabufd_client.contract`, which the daemon shares, brings in nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from udmabufd_client import aio, errors, integrations, sync
+    from udmabufd_client.errors import (
+        AccessDenied,
+        BadMemfd,
+        BadReply,
+        Busy,
+        CacheUnavailable,
+        CallTimedOut,
+        IncompatibleConstraints,
+        InvalidSpec,
+        KernelLimit,
+        MoveTimedOut,
+        NoAllocator,
+        NoSuchBuffer,
+        NoSuchDevice,
+        NotSupported,
+        OutOfMemory,
+        QuotaExceeded,
+        RateLimited,
+        RemoteFailure,
+        ServiceUnavailable,
+        UdmabufError,
+        UdmabufUnavailable,
+    )
+    from udmabufd_client.info import BufferInfo, Limits, ListedBuffer, Plane
+    from udmabufd_client.sync import Buffer, Client
+
+__all__ = [
+    "Client",
+    "Buffer",
+    "BufferInfo",
+    "ListedBuffer",
+    "Plane",
+    "Limits",
+    "aio",
+    "sync",
+    "errors",
+    "integrations",
+    "UdmabufError",
+    "AccessDenied",
+    "BadMemfd",
+    "BadReply",
+    "Busy",
+    "CacheUnavailable",
+    "CallTimedOut",
+    "IncompatibleConstraints",
+    "InvalidSpec",
+    "KernelLimit",
+    "MoveTimedOut",
+    "NoAllocator",
+    "NoSuchBuffer",
+    "NoSuchDevice",
+    "NotSupported",
+    "OutOfMemory",
+    "QuotaExceeded",
+    "RateLimited",
+    "RemoteFailure",
+    "ServiceUnavailable",
+    "UdmabufUnavailable",
+]
+
+_MODULES: Final = ("aio", "sync", "errors", "integrations")
+_HOMES: Final = {
+    "Client": "sync",
+    "Buffer": "sync",
+    "BufferInfo": "info",
+    "ListedBuffer": "info",
+    "Plane": "info",
+    "Limits": "info",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    found = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""Buffer's half that is the same in both clients: its descriptor, its mapping, its brackets, what is known of it.
+
+Local work only. The verbs that ask the service are added by aio.Buffer (coroutines) and sync.Buffer (blocking).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from udmabufd_base.fd import OwnedFd
+from udmabufd_client.bracket import READ, WRITE, SyncBracket
+from udmabufd_client.contract import Kind
+from udmabufd_client.info import BufferInfo, Plane
+from udmabufd_client.mapping import Map, SharedMapping
+from udmabufd_client.service import Service
+from udmabufd_client.share import Share
+
+
+class BufferBase:
+    """A buffer of the service: one share of it, and its descriptor when it has memory.
+
+    close(), also by `with`, closes the descriptor and gives the share back without waiting; release() gives the
+    share back, waits for the answer and leaves the descriptor open. Descriptors that were handed on, mappings and
+    arrays stay valid after either. Whoever drops a Buffer without close() gets a ResourceWarning.
+
+    `memoryview(buffer)` works from Python 3.12 on (PEP 688); `with buffer.map() as view` and numpy.asarray(buffer)
+    work everywhere. None of them brackets the access: see cpu_access().
+    """
+
+    def __init__(self, service: Service, share: Share, fd: OwnedFd | None) -> None:
+        self._service = service
+        self._share = share
+        self._fd = fd
+        self._closed = False
+        self._lock = threading.Lock()
+        self._mapping = SharedMapping()
+        self._bracket = SyncBracket()
+
+    # What is known
+
+    @property
+    def path(self) -> str:
+        """The buffer's D-Bus object path."""
+        return self._share.path
+
+    @property
+    def id(self) -> str:
+        """The buffer's id, the last part of its path: 16 hexadecimal digits."""
+        return self._share.id
+
+    @property
+    def info(self) -> BufferInfo:
+        """What the service last said of the buffer."""
+        return self._share.info
+
+    @property
+    def state(self) -> str:
+        """The buffer's state (contract.State), kept fresh by the service's signals."""
+        return self._share.state
+
+    @property
+    def name(self) -> str | None:
+        """The buffer's name, kept fresh by the service's signals."""
+        return self._share.info.name
+
+    @property
+    def size(self) -> int:
+        """Bytes of the descriptor, whole pages. Raises ValueError where the service did not say."""
+        size = self._share.info.size
+        if size is None:
+            raise ValueError(f"{self._label} has no size yet: get_fd() allocates its memory")
+        return size
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """Offsets and strides of an image's planes; none for a buffer that was asked for by size."""
+        return self._share.info.planes
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
+    @property
+    def released(self) -> bool:
+        """Whether the share was given back."""
+        return self._share.released
+
+    # The descriptor
+
+    @property
+    def has_fd(self) -> bool:
+        """Whether the buffer has its descriptor: not while empty, nor after steal_fd() or close()."""
+        return self._fd is not None
+
+    def fileno(self) -> int:
+        """Borrow the descriptor: it stays the buffer's. Raises ValueError when there is none."""
+        fd = self._fd
+        if fd is None:
+            hint = "it is closed" if self._closed else "get_fd() gets one"
+            raise ValueError(f"{self._label} has no descriptor: {hint}")
+        return fd.fileno()
+
+    def dup(self) -> int:
+        """Return a second descriptor, close-on-exec, which is the caller's to close. Raises ValueError, OSError."""
+        with self._lock:
+            return fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
+
+    def steal_fd(self) -> int:
+        """Give the descriptor away: the caller closes it. get_fd() gets the buffer another. Raises ValueError."""
+        with self._lock:
+            self.fileno()
+            fd, self._fd = self._fd, None
+            assert fd is not None
+            return fd.steal()
+
+    # CPU access
+
+    def map(self, *, writable: bool = True) -> Map:
+        """Map the buffer: `with buffer.map() as view` gives a memoryview of all its bytes.
+
+        All maps of a Buffer share one mapping, which the last of them drops. Raises ValueError without a descriptor,
+        OSError as mmap(2) does. Where devices do not see the CPU's caches, access belongs in cpu_access().
+        """
+        return Map(self._mapping, self._own_dup, self.size, writable=writable, label=self._label)
+
+    @contextmanager
+    def cpu_access(self, read: bool = True, write: bool = True) -> Iterator[memoryview]:
+        """Access the buffer's bytes by the CPU: `with buffer.cpu_access(read=False) as view`.
+
+        The view is writable only with `write`. On a dma-buf the access is bracketed by DMA_BUF_IOCTL_SYNC, which
+        first waits for devices that still use the buffer, so it blocks: in a coroutine, call it in a thread. Nested
+        and concurrent accesses share one bracket. A memfd has none. Raises ValueError, OSError.
+        """
+        flags = (READ if read else 0) | (WRITE if write else 0)
+        if not flags:
+            raise ValueError("cpu_access() is for reading, for writing, or for both")
+        with self.map(writable=write) as view:
+            if self.info.kind != Kind.DMA_BUF:
+                yield view
+                return
+            self._bracket.enter(self._own_dup, flags)
+            try:
+                yield view
+            finally:
+                self._bracket.leave()
+
+    def __buffer__(self, flags: int) -> memoryview:
+        return self._mapping.export(self._own_dup, self.size)
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """numpy's array protocol: the buffer as bytes, kept mapped by the array."""
+        view = self._mapping.export(self._own_dup, self.size)
+        return {"shape": (len(view),), "typestr": "|u1", "data": view, "version": 3}
+
+    # The end
+
+    def close(self) -> None:
+        """Close the descriptor and give the share back, without waiting for the service; harmless when repeated.
+
+        With maps or arrays still alive there is a ResourceWarning, and their memory stays until they end.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            fd, self._fd = self._fd, None
+        self._service.give_back_soon(self._share)
+        if fd is not None:
+            fd.close()
+        if self._mapping.mapped:
+            warnings.warn(
+                f"{self._label} was closed while it is mapped ({self._mapping.users} maps open): its memory stays "
+                "until the last map and array are gone",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The constructor may have failed, so nothing is certain to be there.
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed {self._label}", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+    def __repr__(self) -> str:
+        size = "" if self.info.size is None else f", {self.info.size} bytes"
+        return f"<{self._label}, {self.info.kind or 'no memory'}{size}{', closed' if self._closed else ''}>"
+
+    # For the subclasses
+
+    @property
+    def _label(self) -> str:
+        name = self._share.info.name
+        return f"buffer {self._share.id}{f' ({name})' if name else ''}"
+
+    def _install(self, fd: OwnedFd) -> int:
+        """Take the descriptor that get_fd() got, unless another call was faster, and return the buffer's own."""
+        with self._lock:
+            if self._fd is None and not self._closed:
+                self._fd = fd
+            else:
+                fd.close()
+            return self.fileno()
+
+    def _own_dup(self) -> OwnedFd:
+        # A borrowed number could be another file's by the time it is used, if another thread calls close().
+        return OwnedFd(self.dup())

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""What the service says of buffers and of itself, as frozen dataclasses, and the check of every value's type.
+
+Pure data: asks nobody. A key that this version does not know is passed over, so that a newer service can be used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from udmabufd_base.codec import Variant
+from udmabufd_client import contract
+from udmabufd_client.contract import State
+from udmabufd_client.errors import BadReply
+from udmabufd_client.interface import interface
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Where one plane of an image lies in its buffer; `offset`, `stride` and `size` in bytes.
+
+    `size` reaches to the next plane, or to the end of the buffer: it can hold more rows than the image has.
+    """
+
+    index: int
+    offset: int
+    stride: int
+    size: int
+
+    def of(self, view: memoryview) -> memoryview:
+        """Return this plane's part of `view`, which is a view of the whole buffer."""
+        return view[self.offset : self.offset + self.size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferInfo:
+    """The keys of `info`; None where the service gave none, because it does not apply or there is no memory yet.
+
+    Sizes, offsets and strides in bytes, width and height in pixels.
+    """
+
+    size: int | None = None
+    size_requested: int | None = None
+    kind: str | None = None
+    allocator: str | None = None
+    cache_requested: str | None = None
+    cache_effective: str | None = None
+    cache_evidence: str | None = None
+    needs_sync: bool | None = None
+    width: int | None = None
+    height: int | None = None
+    format: str | None = None
+    modifier: int | None = None
+    offsets: tuple[int, ...] | None = None
+    strides: tuple[int, ...] | None = None
+    serial: int | None = None
+    inode: int | None = None
+    name: str | None = None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Self:
+        """Return `info` from its `a{sv}`. Raises BadReply naming a key whose type is not the interface's."""
+        return cls(**_checked_planes(_typed(raw, contract.INFO_TYPES)))
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The planes of an image in the fourcc's order; none for a buffer that was asked for by size."""
+        if not self.offsets or not self.strides or self.size is None:
+            return ()
+        ends = [*self.offsets[1:], self.size]
+        return tuple(
+            Plane(index, offset, stride, end - offset)
+            for index, (offset, stride, end) in enumerate(zip(self.offsets, self.strides, ends, strict=True))
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is known, by key: for JSON."""
+        return {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedBuffer(BufferInfo):
+    """One buffer as ListBuffers shows it: `info`, its object, who holds it and what it is charged in bytes."""
+
+    buffer: str
+    state: str | None = None
+    holders: int | None = None
+    references: int | None = None
+    charged: int | None = None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Self:
+        """Return one entry of ListBuffers. Raises BadReply as BufferInfo.parse(), and without a buffer's path."""
+        typed = _checked_planes(_typed(raw, contract.LIST_TYPES))
+        if not str(typed.get("buffer", "")).startswith(contract.BUFFER_PATH_PREFIX):
+            raise BadReply("ListBuffers: an entry names no buffer.")
+        return cls(**typed)
+
+    @property
+    def id(self) -> str:
+        """The buffer's id: the last part of its object path."""
+        return self.buffer.removeprefix(contract.BUFFER_PATH_PREFIX)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is known, by key, the id and the path first: for JSON."""
+        known = super().as_dict()
+        return {"id": self.id, "buffer": known.pop("buffer"), **known}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The limits that apply to this user's calls, in bytes, numbers and microseconds; None: the service has none."""
+
+    max_buffer_size: int | None = None
+    max_bytes_per_user: int | None = None
+    max_buffers_per_user: int | None = None
+    max_buffers: int | None = None
+    max_fds_per_message: int | None = None
+    max_calls_per_window: int | None = None
+    call_window_usec: int | None = None
+    max_calls_in_flight_per_user: int | None = None
+
+    @classmethod
+    def from_properties(cls, properties: Mapping[str, Any]) -> Self:
+        """Return the limits among the properties of the allocator."""
+        names = {_snake(name): name for name in interface(contract.ALLOCATOR_INTERFACE).properties}
+        return cls(**{field.name: properties.get(names[field.name]) for field in dataclasses.fields(cls)})
+
+
+def parse_properties(interface_name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return properties by name with plain values, those that the XML knows. Raises BadReply on a wrong type."""
+    types = {name: known.signature for name, known in interface(interface_name).properties.items()}
+    return _typed(raw, types)
+
+
+def state_of(info: BufferInfo) -> State:
+    """Return the state that `info` shows: only memory has a serial above 0."""
+    return State.BACKED if info.serial else State.EMPTY
+
+
+def _typed(raw: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
+    typed: dict[str, Any] = {}
+    for key, signature in types.items():
+        variant = raw.get(key)
+        if variant is None:
+            continue
+        if not isinstance(variant, Variant) or variant.signature != signature:
+            found = variant.signature if isinstance(variant, Variant) else type(variant).__name__
+            raise BadReply(f"{key}: the service answers type {found} where the interface has {signature}.")
+        typed[key] = tuple(variant.value) if signature == "at" else _unpacked(variant.value)
+    return typed
+
+
+def _checked_planes(typed: dict[str, Any]) -> dict[str, Any]:
+    """Refuse planes that do not lie in the buffer, so that nobody after this has to."""
+    offsets, strides, size = typed.get("offsets", ()), typed.get("strides", ()), typed.get("size")
+    if len(offsets) != len(strides):
+        raise BadReply(f"offsets, strides: {len(offsets)} and {len(strides)} planes.")
+    if size is not None and list(offsets) != sorted(offset for offset in offsets if offset < size):
+        raise BadReply("offsets: not in order, or outside the buffer.")
+    return typed
+
+
+def _unpacked(value: Any) -> Any:
+    """Return `value` with the variants inside it replaced by what they hold."""
+    if isinstance(value, Variant):
+        return _unpacked(value.value)
+    if isinstance(value, dict):
+        return {key: _unpacked(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unpacked(inner) for inner in value]
+    return value
+
+
+def _snake(name: str) -> str:
+    """Return a property's name as Python spells attributes: CallWindowUSec is call_window_usec."""
+    words = name.replace("USec", "Usec")
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in words).lstrip("_")

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""What a caller asks for: the keys of `spec`, checked and given their D-Bus types before anything is sent.
+
+Checks keys and types only. Whether a value makes sense (a fourcc, a size, a contradiction) is the service's to say.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Final, TypedDict
+
+from udmabufd_base.codec import Variant
+from udmabufd_client.contract import SPEC_TYPES
+from udmabufd_client.errors import InvalidSpec
+
+
+class SpecKeys(TypedDict, total=False):
+    """Keyword arguments of allocate(), allocate_many() and create(): the keys of `spec`.
+
+    Either `size` (bytes) or `width`, `height` (pixels) and `format` (a DRM fourcc of four bytes, such as "XR24").
+    """
+
+    size: int
+    width: int
+    height: int
+    format: str
+    name: str
+    kind: str
+    cache: str
+    cache_policy: str
+    allocator: str
+
+
+_LIMITS: Final[dict[str, int]] = {"u": 2**32 - 1, "t": 2**64 - 1}
+_WORDS: Final[dict[str, str]] = {"u": "an integer of 32 bits", "t": "an integer of 64 bits", "s": "a string"}
+
+
+def marshal_spec(spec: Mapping[str, object] | None, keys: Mapping[str, object]) -> dict[str, Variant]:
+    """Return `spec` and `keys` together as the `a{sv}` of the interface.
+
+    A value of None stands for an absent key. Raises InvalidSpec naming the key that is unknown, given twice, of the
+    wrong type or outside its type's range.
+    """
+    marshalled: dict[str, Variant] = {}
+    for source in (spec or {}, keys):
+        for key, value in source.items():
+            if key not in SPEC_TYPES:
+                raise InvalidSpec(f"{key}: no such key; there are {', '.join(SPEC_TYPES)}.")
+            if value is None:
+                continue
+            if key in marshalled:
+                raise InvalidSpec(f"{key}: given twice, in the mapping and as a keyword.")
+            marshalled[key] = Variant(SPEC_TYPES[key], _plain(key, SPEC_TYPES[key], value))
+    return marshalled
+
+
+def check_count(count: object) -> int:
+    """Return `count` as a D-Bus `u`. Raises InvalidSpec naming it."""
+    return int(_plain("count", "u", count))
+
+
+def check_text(key: str, value: object) -> str:
+    """Return `value` as a D-Bus `s`. Raises InvalidSpec naming `key`."""
+    return str(_plain(key, "s", value))
+
+
+def _plain(key: str, signature: str, value: object) -> int | str:
+    if signature == "s":
+        if not isinstance(value, str):
+            raise InvalidSpec(f"{key}: must be {_WORDS['s']}, not {type(value).__name__}.")
+        # A str subclass (an enum) travels as its plain value; what UTF-8 or D-Bus cannot carry never leaves.
+        text = str.__str__(value)
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InvalidSpec(f"{key}: holds a character that D-Bus strings cannot carry.")
+        return text
+    try:
+        # bool is an int to Python and a different type to D-Bus.
+        number = operator.index(value) if not isinstance(value, bool) else None  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise InvalidSpec(f"{key}: must be {_WORDS[signature]}, not {type(value).__name__}.")
+    if not 0 <= number <= _LIMITS[signature]:
+        raise InvalidSpec(f"{key}: {number} is outside 0..{_LIMITS[signature]}.")
+    return number

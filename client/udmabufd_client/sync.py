@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""The client for blocking programs: `Client` and its `Buffer`, with the verbs of aio.
+
+Runs the same conversation on a thread of its own, so that signals are taken while the program does something else.
+Nothing here speaks D-Bus or maps memory: service.py and buffer.py do.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from udmabufd_base.fd import OwnedFd
+from udmabufd_client.buffer import BufferBase
+from udmabufd_client.info import Limits, ListedBuffer
+from udmabufd_client.loop_thread import LoopThread
+from udmabufd_client.service import DEFAULT_TIMEOUT, Service
+from udmabufd_client.share import Share
+from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_spec
+
+T = TypeVar("T")
+
+
+class Buffer(BufferBase):
+    """A buffer whose calls of the service block. `timeout` is in seconds; None: the client's."""
+
+    def __init__(self, client: Client, service: Service, share: Share, fd: OwnedFd | None) -> None:
+        super().__init__(service, share, fd)
+        # A client that nobody else refers to lives as long as its buffers.
+        self._client = client
+
+    def get_fd(self, *, timeout: float | None = None) -> int:
+        """Make sure that the buffer has its descriptor, and memory behind it; return it, borrowed.
+
+        Raises UdmabufError; ValueError when the buffer is closed.
+        """
+        if self._fd is None:
+            return self._install(self._client._run(self._service.get_fd(self._share, timeout), OwnedFd.close))
+        return self.fileno()
+
+    def get_ticket(self, *, timeout: float | None = None) -> str:
+        """Return the secret with which another process becomes a holder: see Client.import_ticket()."""
+        return self._client._run(self._service.get_ticket(self._share, timeout))
+
+    def set_name(self, name: str, *, timeout: float | None = None) -> None:
+        """Rename the buffer: 1 to 31 bytes of 0x20 to 0x7e, shown in the kernel's listings too."""
+        self._client._run(self._service.set_name(self._share, check_text("name", name), timeout))
+
+    def refresh(self, *, timeout: float | None = None) -> None:
+        """Read the buffer's properties anew. Signals keep them fresh while this connection holds the buffer."""
+        self._client._run(self._service.refresh(self._share, timeout))
+
+    def release(self, *, timeout: float | None = None) -> None:
+        """Give the share back and wait for the answer. The descriptor stays open until close()."""
+        self._client._run(self._service.release(self._share, timeout))
+
+
+class Client:
+    """A connection to udmabufd that blocks its callers; safe from several threads. close() ends all of its shares.
+
+    Every call raises the exceptions of errors.py, and takes a `timeout` in seconds (None: the client's). A child
+    after fork() can use neither the client nor its calls, only the descriptors and mappings: it connects anew. A
+    client that is still open when the interpreter ends is closed then.
+    """
+
+    def __init__(self, loop: LoopThread, service: Service) -> None:
+        self._loop = loop
+        self._service = service
+        self._end = weakref.finalize(self, loop.stop, service.abandon)
+
+    @classmethod
+    def connect(cls, bus: str = "system", *, timeout: float = DEFAULT_TIMEOUT) -> Self:
+        """Connect to `bus`: "system", "session" or a D-Bus address; `timeout`, in seconds, is each call's default.
+
+        `client = Client.connect()` or `with Client.connect() as client`. Raises ServiceUnavailable.
+        """
+        loop = LoopThread("udmabufd-client")
+        try:
+            return cls(loop, loop.run(Service.open(bus, timeout), Service.abandon))
+        except BaseException:
+            loop.stop(lambda: None)
+            raise
+
+    @property
+    def unique_name(self) -> str:
+        """This connection's name on the bus."""
+        return self._service.unique_name
+
+    def allocate(
+        self, spec: Mapping[str, object] | None = None, /, *, timeout: float | None = None, **keys: Unpack[SpecKeys]
+    ) -> Buffer:
+        """Create a buffer with memory. Keys in `spec`, as keywords, or both: see SpecKeys."""
+        share, fd = self._run(self._service.allocate(marshal_spec(spec, keys), timeout), self._drop)
+        return Buffer(self, self._service, share, fd)
+
+    def allocate_many(
+        self,
+        count: int,
+        spec: Mapping[str, object] | None = None,
+        /,
+        *,
+        timeout: float | None = None,
+        **keys: Unpack[SpecKeys],
+    ) -> list[Buffer]:
+        """Create `count` buffers alike in one call, all or none."""
+        made = self._run(
+            self._service.allocate_many(marshal_spec(spec, keys), check_count(count), timeout),
+            self._drop_all,
+        )
+        return [Buffer(self, self._service, share, fd) for share, fd in made]
+
+    def create(
+        self, spec: Mapping[str, object] | None = None, /, *, timeout: float | None = None, **keys: Unpack[SpecKeys]
+    ) -> Buffer:
+        """Create a buffer without memory: Buffer.get_fd(), of any holder, allocates."""
+        share = self._run(self._service.create(marshal_spec(spec, keys), timeout), self._service.give_back)
+        return Buffer(self, self._service, share, None)
+
+    def import_ticket(self, ticket: str, *, timeout: float | None = None) -> Buffer:
+        """Become a holder of another process's buffer, of which it gave the ticket (Buffer.get_ticket())."""
+        share = self._run(self._service.import_ticket(check_text("ticket", ticket), timeout), self._service.give_back)
+        return Buffer(self, self._service, share, None)
+
+    def list_buffers(self, *, timeout: float | None = None) -> list[ListedBuffer]:
+        """Return what the service says of the buffers of this user; root sees all."""
+        return self._run(self._service.list_buffers(timeout))
+
+    def limits(self, *, timeout: float | None = None) -> Limits:
+        """Return the limits that apply to this user."""
+        return Limits.from_properties(self.properties(timeout=timeout))
+
+    def properties(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Return every property of the allocator by its D-Bus name: limits, counters, what is available."""
+        return self._run(self._service.properties(timeout))
+
+    def wait_lost(self) -> None:
+        """Return when the connection to the bus is lost. Shares are lost with it; descriptors are not."""
+        self._run(self._service.wait_lost())
+
+    def close(self) -> None:
+        """End the connection. The service takes back all shares; descriptors stay their owners'.
+
+        Calls that other threads have under way fail with ServiceUnavailable.
+        """
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The finalizer ends the connection; the constructor may have failed before there was one.
+        if (end := getattr(self, "_end", None)) is not None and end.alive:
+            warnings.warn(f"unclosed {type(self).__name__}", ResourceWarning, stacklevel=2, source=self)
+
+    def _run(self, coroutine: Coroutine[Any, Any, T], dispose: Callable[[T], None] | None = None) -> T:
+        return self._loop.run(coroutine, dispose)
+
+    def _drop(self, unwanted: tuple[Share, OwnedFd]) -> None:
+        share, fd = unwanted
+        fd.close()
+        self._service.give_back(share)
+
+    def _drop_all(self, unwanted: Iterable[tuple[Share, OwnedFd]]) -> None:
+        for one in unwanted:
+            self._drop(one)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""A stand-in for the service, for what the daemon cannot be made to do: silence, lateness, lies, sudden ends.
+
+It owns the bus name and answers what a test tells it to. Everything that the daemon does by itself is tested on the
+daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from udmabufd_base.codec import Variant
+from udmabufd_base.connection import Connection, Incoming
+from udmabufd_base.fd import OwnedFd
+from udmabufd_base.message import NO_REPLY_EXPECTED, Header, Message, MessageType
+from udmabufd_client.contract import BUFFER_INTERFACE, BUS_NAME, buffer_path
+
+PAGE = 4096
+ID = "0123456789abcdef"
+PATH = buffer_path(ID)
+PROPERTIES = "org.freedesktop.DBus.Properties"
+
+Answer = Callable[[Incoming], None]
+
+
+class FakeAllocator:
+    """The bus name's owner. `answers` maps a member to what is done when it is called; others get no answer."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.answers: dict[str, Answer] = {}
+        self.calls: list[tuple[Header, list[Any]]] = []
+        self._came = asyncio.Event()
+
+    @classmethod
+    async def start(cls, address: str) -> Self:
+        """Connect and take the name."""
+        fakes: list[Self] = []
+
+        def handler(incoming: Incoming) -> None:
+            if incoming.header.type == MessageType.METHOD_CALL:
+                fakes[0]._called(incoming)
+
+        fakes.append(cls(await Connection.open(address, receive_fds=False, handler=handler)))
+        await fakes[0].connection.request_name(BUS_NAME)
+        return fakes[0]
+
+    def close(self) -> None:
+        """End, as a crashed service does."""
+        self.connection.close()
+
+    async def called(self, member: str, count: int = 1) -> list[Header]:
+        """Wait until `member` has been called `count` times; return the headers of those calls."""
+        async with asyncio.timeout(20):
+            while len(found := [header for header, _ in self.calls if header.member == member]) < count:
+                self._came.clear()
+                await self._came.wait()
+        return found
+
+    def reply(self, header: Header, signature: str = "", *body: Any, fds: Sequence[OwnedFd] = ()) -> None:
+        """Answer a call, now or later."""
+        self.connection.send(
+            Message(
+                MessageType.METHOD_RETURN,
+                flags=NO_REPLY_EXPECTED,
+                destination=header.sender,
+                reply_serial=header.serial,
+                signature=signature,
+                body=list(body),
+            ),
+            fds,
+        )
+
+    def fail(self, header: Header, name: str, text: str) -> None:
+        """Answer a call with an error."""
+        self.connection.send(
+            Message(
+                MessageType.ERROR,
+                flags=NO_REPLY_EXPECTED,
+                destination=header.sender,
+                reply_serial=header.serial,
+                error_name=name,
+                signature="s",
+                body=[text],
+            )
+        )
+
+    def grant(self, header: Header, buffer_id: str = ID) -> None:
+        """Answer Allocate with a buffer of one page."""
+        self.reply(header, "oha{sv}", buffer_path(buffer_id), 0, info(), fds=[page()])
+
+    def changed(self, destination: str, properties: dict[str, Variant], path: str = PATH) -> None:
+        """Tell one connection that properties of a buffer have changed."""
+        send_changed(self.connection, destination, properties, path)
+
+    def _called(self, incoming: Incoming) -> None:
+        header = incoming.header
+        self.calls.append((header, incoming.body()))
+        self._came.set()
+        if header.member in self.answers:
+            self.answers[header.member](incoming)
+
+
+def send_changed(connection: Connection, destination: str, properties: dict[str, Variant], path: str = PATH) -> None:
+    """Send PropertiesChanged of a buffer, as anybody can."""
+    connection.send(
+        Message(
+            MessageType.SIGNAL,
+            flags=NO_REPLY_EXPECTED,
+            destination=destination,
+            path=path,
+            interface=PROPERTIES,
+            member="PropertiesChanged",
+            signature="sa{sv}as",
+            body=[BUFFER_INTERFACE, properties, []],
+        )
+    )
+
+
+def page() -> OwnedFd:
+    """Return one page of memory."""
+    fd = OwnedFd(os.memfd_create("fake", os.MFD_CLOEXEC))
+    os.ftruncate(fd.fileno(), PAGE)
+    return fd
+
+
+def info(**values: Variant) -> dict[str, Variant]:
+    """Return the info of one page, with changes."""
+    return {
+        "size": Variant("t", PAGE),
+        "kind": Variant("s", "memfd"),
+        "serial": Variant("t", 1),
+        "name": Variant("s", "fake"),
+        **values,
+    }

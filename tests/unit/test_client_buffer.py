@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: MIT
+"""Buffer's local half: who owns the descriptor, what close() does and when it warns, brackets by kind, arrays.
+
+The service is stood in for by a recorder; the memory is real.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import inspect
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from udmabufd_base.fd import OwnedFd
+from udmabufd_client import buffer as buffer_module
+from udmabufd_client.bracket import SyncBracket
+from udmabufd_client.buffer import BufferBase
+from udmabufd_client.contract import BUFFER_PATH_PREFIX, State
+from udmabufd_client.info import BufferInfo
+from udmabufd_client.integrations import linux_dmabuf_planes, plane_array
+from udmabufd_client.service import Service
+from udmabufd_client.share import Share
+
+SIZE = 4 * mmap.PAGESIZE
+PATH = BUFFER_PATH_PREFIX + "0123456789abcdef"
+
+
+class Recorder:
+    """The one member of Service that the local half uses."""
+
+    def __init__(self) -> None:
+        self.given_back: list[Share] = []
+
+    def give_back_soon(self, share: Share) -> None:
+        self.given_back.append(share)
+
+
+@pytest.fixture
+def service() -> Recorder:
+    return Recorder()
+
+
+def make(service: Recorder, *, fd: bool = True, **info: Any) -> BufferBase:
+    known: dict[str, Any] = {"size": SIZE, "kind": "memfd", "name": "front", "serial": 1}
+    share = Share(PATH, ":1.1", BufferInfo(**(known | info)))
+    owned = None
+    if fd:
+        owned = OwnedFd(os.memfd_create("buffer"))
+        os.ftruncate(owned.fileno(), SIZE)
+    return BufferBase(cast(Service, service), share, owned)
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_it_says_what_it_is(service: Recorder) -> None:
+    with make(service, width=4, height=4, format="XR24", offsets=(0,), strides=(256,)) as buffer:
+        assert (buffer.path, buffer.id, buffer.name, buffer.size) == (PATH, "0123456789abcdef", "front", SIZE)
+        assert buffer.state == State.BACKED
+        assert [(plane.offset, plane.stride, plane.size) for plane in buffer.planes] == [(0, 256, SIZE)]
+        assert "0123456789abcdef (front), memfd" in repr(buffer)
+    assert "closed" in repr(buffer)
+    assert buffer.info.kind == "memfd"
+
+
+def test_close_closes_once_and_gives_the_share_back_once(service: Recorder) -> None:
+    buffer = make(service)
+    fd = buffer.fileno()
+    buffer.close()
+    assert not is_open(fd)
+    reused = os.open("/dev/null", os.O_RDONLY)
+    assert reused == fd
+    buffer.close()
+    assert is_open(reused)
+    os.close(reused)
+    assert len(service.given_back) == 1
+    for use in (buffer.fileno, buffer.dup, buffer.steal_fd, buffer.map):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+
+
+def test_a_duplicate_is_the_callers_and_not_inherited(service: Recorder) -> None:
+    with make(service) as buffer:
+        duplicate = buffer.dup()
+        assert not os.get_inheritable(duplicate)
+        assert os.path.sameopenfile(duplicate, buffer.fileno())
+    assert is_open(duplicate)
+    os.close(duplicate)
+
+
+def test_a_stolen_descriptor_survives_close(service: Recorder) -> None:
+    with make(service) as buffer:
+        stolen = buffer.steal_fd()
+        assert not buffer.has_fd
+        with pytest.raises(ValueError, match="get_fd"):
+            buffer.fileno()
+    assert is_open(stolen)
+    os.close(stolen)
+    assert len(service.given_back) == 1
+
+
+def test_an_empty_buffer_says_how_to_get_memory(service: Recorder) -> None:
+    with make(service, fd=False, size=None, serial=None, kind=None) as buffer:
+        assert buffer.state == State.EMPTY
+        with pytest.raises(ValueError, match="get_fd"):
+            buffer.fileno()
+        with pytest.raises(ValueError, match="get_fd"):
+            buffer.map()
+
+
+def test_a_buffer_that_is_dropped_unclosed_warns_and_leaks_nothing(service: Recorder) -> None:
+    buffers = [make(service)]
+    fd = buffers[0].fileno()
+    with pytest.warns(ResourceWarning, match=r"unclosed buffer 0123456789abcdef \(front\)"):
+        buffers.clear()
+    assert not is_open(fd)
+    assert len(service.given_back) == 1
+
+
+def test_closing_under_a_map_warns_and_leaves_the_memory(service: Recorder) -> None:
+    buffer = make(service)
+    with buffer.map() as view:
+        with pytest.warns(ResourceWarning, match=r"0123456789abcdef \(front\) was closed while it is mapped \(1 maps"):
+            buffer.close()
+        view[SIZE - 1] = 1
+        assert view[SIZE - 1] == 1
+
+
+def test_closing_under_an_array_warns_and_leaves_the_memory(service: Recorder) -> None:
+    buffer = make(service)
+    array = np.asarray(buffer)
+    with pytest.warns(ResourceWarning, match=r"was closed while it is mapped \(0 maps"):
+        buffer.close()
+    array[-1] = 1
+
+
+def by_map(buffer: BufferBase) -> bytes:
+    with buffer.map() as view:
+        return bytes(view[:1])
+
+
+def by_cpu_access(buffer: BufferBase) -> bytes:
+    with buffer.cpu_access() as view:
+        return bytes(view[:1])
+
+
+def by_array(buffer: BufferBase) -> bytes:
+    return np.asarray(buffer)[:1].tobytes()
+
+
+def by_buffer_protocol(buffer: BufferBase) -> bytes:
+    with buffer.__buffer__(0) as view:
+        return bytes(view[:1])
+
+
+def by_duplicate(buffer: BufferBase) -> bytes:
+    with OwnedFd(buffer.dup()) as fd:
+        return os.pread(fd.fileno(), 1, 0)
+
+
+@pytest.mark.parametrize("first_byte", [by_map, by_cpu_access, by_array, by_buffer_protocol])
+def test_a_close_while_it_is_being_mapped_maps_no_other_file(
+    service: Recorder, monkeypatch: pytest.MonkeyPatch, first_byte: Callable[[BufferBase], bytes]
+) -> None:
+    buffer = make(service)
+    os.pwrite(buffer.fileno(), b"mine", 0)
+    theirs: list[OwnedFd] = []
+    real = mmap.mmap
+
+    def late(*arguments: Any) -> mmap.mmap:
+        number = buffer.fileno()
+        closing = threading.Thread(target=buffer.close)
+        closing.start()
+        closing.join()
+        theirs.append(OwnedFd(os.memfd_create("theirs")))
+        assert theirs[0].fileno() == number
+        os.ftruncate(number, SIZE)
+        return real(*arguments)
+
+    monkeypatch.setattr(mmap, "mmap", late)
+    assert first_byte(buffer) == b"m"
+    theirs[0].close()
+
+
+@pytest.mark.parametrize("first_byte", [by_duplicate, by_map, by_cpu_access, by_array, by_buffer_protocol])
+def test_the_descriptor_cannot_be_closed_while_it_is_duplicated(
+    service: Recorder, monkeypatch: pytest.MonkeyPatch, first_byte: Callable[[BufferBase], bytes]
+) -> None:
+    recorded_brackets(monkeypatch)
+    real = fcntl.fcntl
+    locked: list[bool] = []
+    made: list[int] = []
+
+    def watched(fd: int, command: int, argument: int = 0) -> int:
+        assert command == fcntl.F_DUPFD_CLOEXEC
+        locked.append(buffer._lock.locked())
+        made.append(real(fd, command, argument))
+        return made[-1]
+
+    with make(service, kind="dma-buf") as buffer:
+        monkeypatch.setattr(fcntl, "fcntl", watched)
+        assert first_byte(buffer) == b"\0"
+        # The bracket has a descriptor of its own.
+        assert locked == [True] * (2 if first_byte is by_cpu_access else 1)
+    assert not any(map(is_open, made))
+
+
+def test_closing_after_the_last_map_does_not_warn(service: Recorder, recwarn: pytest.WarningsRecorder) -> None:
+    with make(service) as buffer, buffer.map() as view:
+        view[0] = 1
+    gc.collect()
+    assert not list(recwarn)
+
+
+def test_numpy_takes_a_buffer_without_a_copy(service: Recorder) -> None:
+    with make(service) as buffer:
+        array = np.asarray(buffer)
+        assert (array.shape, array.dtype.str, array.flags.writeable) == ((SIZE,), "|u1", True)
+        array[10] = 77
+        assert os.pread(buffer.fileno(), 1, 10) == b"M"
+        with buffer.map() as view:
+            assert view[10] == 77
+            words = np.frombuffer(view, dtype="<u2")
+            assert words[5] == 77
+            del words
+        del array
+
+
+def test_memoryview_takes_a_buffer_where_python_lets_it(service: Recorder) -> None:
+    with make(service) as buffer:
+        # PEP 688 is in Python 3.12 and later.
+        if not hasattr(inspect, "BufferFlags"):
+            with pytest.raises(TypeError, match="bytes-like"):
+                memoryview(cast(Any, buffer))
+            return
+        with memoryview(cast(Any, buffer)) as view:
+            view[3] = 5
+        assert os.pread(buffer.fileno(), 1, 3) == b"\5"
+
+
+def test_the_buffer_protocol_hands_out_the_shared_mapping(service: Recorder) -> None:
+    with make(service) as buffer:
+        with buffer.__buffer__(0) as view, buffer.map() as other:
+            view[3] = 5
+            assert other[3] == 5
+        del view
+
+
+def recorded_brackets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    seen: list[str] = []
+
+    def bracket() -> SyncBracket:
+        return SyncBracket(
+            lambda fd, flags: seen.append(f"start {flags}"), lambda fd, flags: seen.append(f"end {flags}")
+        )
+
+    monkeypatch.setattr(buffer_module, "SyncBracket", bracket)
+    return seen
+
+
+@pytest.mark.parametrize(("read", "write", "flags"), [(True, False, 1), (False, True, 2), (True, True, 3)])
+def test_access_to_a_dma_buf_is_bracketed(
+    service: Recorder, monkeypatch: pytest.MonkeyPatch, read: bool, write: bool, flags: int
+) -> None:
+    seen = recorded_brackets(monkeypatch)
+    with make(service, kind="dma-buf") as buffer:
+        with buffer.cpu_access(read=read, write=write) as view:
+            assert seen == [f"start {flags}"]
+            assert view.readonly is not write
+            with buffer.cpu_access(read=read, write=write):
+                assert seen == [f"start {flags}"]
+        assert seen == [f"start {flags}", f"end {flags}"]
+
+
+def test_the_bracket_ends_when_the_access_fails(service: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = recorded_brackets(monkeypatch)
+    with make(service, kind="dma-buf") as buffer:
+        with pytest.raises(ZeroDivisionError), buffer.cpu_access():
+            raise ZeroDivisionError
+        assert seen == ["start 3", "end 3"]
+
+
+def test_the_bracket_ends_though_the_buffer_was_closed_in_it(
+    service: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = recorded_brackets(monkeypatch)
+    buffer = make(service, kind="dma-buf")
+    with buffer.cpu_access() as view:
+        with pytest.warns(ResourceWarning, match="closed while it is mapped"):
+            buffer.close()
+        view[0] = 1
+    assert seen == ["start 3", "end 3"]
+
+
+def test_a_memfd_has_no_brackets(service: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = recorded_brackets(monkeypatch)
+    with make(service) as buffer, buffer.cpu_access() as view:
+        view[0] = 1
+    assert seen == []
+
+
+def test_access_for_nothing_is_refused(service: Recorder) -> None:
+    with make(service) as buffer, pytest.raises(ValueError, match="reading"):
+        buffer.cpu_access(read=False, write=False).__enter__()
+
+
+def nv12(service: Recorder) -> BufferBase:
+    # 8x6: 6 rows of luma, 3 rows of chroma, rows 256 bytes apart.
+    return make(
+        service, width=8, height=6, format="NV12", modifier=(1 << 56) | 5, offsets=(0, 1536), strides=(256, 256)
+    )
+
+
+def test_planes_as_linux_dmabuf_takes_them(service: Recorder) -> None:
+    with nv12(service) as buffer:
+        fd = buffer.fileno()
+        assert linux_dmabuf_planes(buffer) == ((fd, 0, 0, 256, 1 << 24, 5), (fd, 1, 1536, 256, 1 << 24, 5))
+    with make(service) as plain, pytest.raises(ValueError, match="no planes"):
+        linux_dmabuf_planes(plain)
+
+
+def test_a_plane_as_an_array_has_its_stride(service: Recorder) -> None:
+    with nv12(service) as buffer, buffer.map() as view:
+        luma, chroma = buffer.planes
+        rows = plane_array(view, luma, (6, 8))
+        pairs = plane_array(view, chroma, (3, 4, 2))
+        assert (rows.strides, pairs.strides) == ((256, 1), (256, 2, 1))
+        rows[5, 7] = 9
+        pairs[2, 3, 1] = 8
+        assert os.pread(buffer.fileno(), 1, 5 * 256 + 7) == b"\t"
+        assert os.pread(buffer.fileno(), 1, 1536 + 2 * 256 + 7) == b"\b"
+        assert bytes(luma.of(view)[5 * 256 + 7 : 5 * 256 + 8]) == b"\t"
+        words = plane_array(view, luma, (6, 4), "<u2")
+        assert words.strides == (256, 2)
+        del rows, pairs, words
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (6, 257), (6, 64, 5)])
+def test_a_shape_that_does_not_fit_is_refused(service: Recorder, shape: tuple[int, ...]) -> None:
+    with nv12(service) as buffer, buffer.map() as view, pytest.raises(ValueError, match="does not fit"):
+        plane_array(view, buffer.planes[0], shape)
