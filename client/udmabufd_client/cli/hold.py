@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""Hold a buffer until somebody ends it, in the foreground or as a process of its own; and ask such a holder to end.
+
+A holder listens on an abstract Unix socket that is named after its buffer: nothing to clean up, no file to forge, no
+pid that could be somebody else's by now. Each end looks at the other's user as the kernel gives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from udmabufd_client.aio import Buffer, Client
+from udmabufd_client.cli.alloc import report
+from udmabufd_client.cli.signals import heeded
+from udmabufd_client.errors import (
+    AccessDenied,
+    CallTimedOut,
+    NoSuchBuffer,
+    RemoteFailure,
+    ServiceUnavailable,
+    UdmabufError,
+)
+
+_REQUEST: Final = b"release\n"
+_RELEASED: Final = b"released\n"
+_LONGEST: Final = 512
+"""Bytes of the longest answer that is read."""
+
+
+def in_foreground(arguments: argparse.Namespace, spec: Mapping[str, object]) -> int:
+    """Hold a buffer until a signal or a request; return the exit status."""
+
+    def shown(what: dict[str, Any]) -> None:
+        report(arguments, what, sys.stdout)
+        if not arguments.json:
+            print(f"Holding it; Ctrl-C or 'udmabufctl release {what['id']}' ends it.", file=sys.stderr, flush=True)
+
+    asyncio.run(_hold(arguments, spec, shown))
+    return 0
+
+
+def in_background(arguments: argparse.Namespace, spec: Mapping[str, object]) -> int:
+    """Leave a process that holds a buffer, show both, and return the exit status."""
+    reading, writing = os.pipe()
+    # There are no threads yet, and no loop: the one state in which fork() is safe.
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        _be_the_holder(arguments, spec, writing)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as pipe:
+        try:
+            said = pipe.read()
+        except KeyboardInterrupt:
+            os.kill(pid, signal.SIGTERM)
+            raise
+    told = json.loads(said) if said else {"error": "The holder ended before it had a buffer."}
+    if "error" in told:
+        os.waitpid(pid, 0)
+        raise RemoteFailure(told["error"])
+    report(arguments, told, sys.stdout)
+    if not arguments.json:
+        print(f"Process {pid} holds it; 'udmabufctl release {told['id']}' ends it.", file=sys.stderr)
+    return 0
+
+
+def ask_holder(buffer_id: str, timeout: float) -> None:
+    """Make the holder of a buffer release it; return when it has.
+
+    Raises NoSuchBuffer when there is no holder, AccessDenied, CallTimedOut, RemoteFailure with the holder's reason.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout)
+        try:
+            sock.connect(_socket_name(buffer_id))
+            uid = _peer_uid(sock)
+            if os.geteuid() not in (0, uid):
+                raise AccessDenied(f"Buffer {buffer_id} is held by another user's udmabufctl; only root may end it.")
+            sock.sendall(_REQUEST)
+            answer = b""
+            while not answer.endswith(b"\n") and len(answer) < _LONGEST and (more := sock.recv(_LONGEST)):
+                answer += more
+        except TimeoutError as error:
+            raise CallTimedOut(f"The holder of {buffer_id} did not answer within {timeout:g} s.") from error
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            raise NoSuchBuffer(
+                f"No udmabufctl holds buffer {buffer_id}. Another program's share ends when that program releases it "
+                "or ends; 'udmabufctl list' shows how many hold it."
+            ) from error
+        except ConnectionError as error:
+            raise RemoteFailure(f"The holder of {buffer_id} ended without an answer ({error}).") from error
+    if answer != _RELEASED:
+        reason = answer.decode(errors="replace").strip() or "it ended without an answer"
+        raise RemoteFailure(f"The holder of {buffer_id} did not release it: {reason}.")
+
+
+def _be_the_holder(arguments: argparse.Namespace, spec: Mapping[str, object], writing: int) -> None:
+    """Become a process of its own; tell the parent by the pipe what came of it. Does not return."""
+    status = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for standard in range(3):
+            os.dup2(null, standard)
+        _close_inherited(writing)
+        with open(writing, "w", encoding="utf-8") as pipe:
+
+            def tell(what: dict[str, Any]) -> None:
+                json.dump(what, pipe)
+                pipe.close()
+
+            try:
+                asyncio.run(_hold(arguments, spec, tell))
+                status = 0
+            except (UdmabufError, OSError) as error:
+                # Once it was told, nobody listens any more: the buffer is gone, and the process with it.
+                if not pipe.closed:
+                    tell({"error": str(error)})
+    finally:
+        os._exit(status)
+
+
+def _close_inherited(kept: int) -> None:
+    """Close every descriptor but the standard streams and `kept`: locks and pipes would last as long as the buffer."""
+    inherited = [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
+    for number in inherited:
+        if number > 2 and number != kept:
+            # The listing's own is among them, and closed by now.
+            with suppress(OSError):
+                os.close(number)
+
+
+async def _hold(
+    arguments: argparse.Namespace, spec: Mapping[str, object], tell: Callable[[dict[str, Any]], None]
+) -> None:
+    """Allocate, tell, and wait for a signal, a request, or the loss of the bus, which is an error."""
+    end = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in heeded():
+        loop.add_signal_handler(number, end.set)
+    async with Client.connect(arguments.bus, timeout=arguments.timeout) as client:
+        with await client.allocate(spec) as buffer:
+            server = await asyncio.start_unix_server(
+                lambda reader, writer: _serve(reader, writer, buffer, end), _socket_name(buffer.id), limit=_LONGEST
+            )
+            lost = asyncio.ensure_future(client.wait_lost())
+            ended = asyncio.ensure_future(end.wait())
+            try:
+                tell({"id": buffer.id, "buffer": buffer.path, "pid": os.getpid(), **buffer.info.as_dict()})
+                await asyncio.wait({lost, ended}, return_when=asyncio.FIRST_COMPLETED)
+                if not end.is_set():
+                    raise ServiceUnavailable(f"The bus is lost, and buffer {buffer.id} with it; allocate another.")
+            finally:
+                server.close()
+                lost.cancel()
+                ended.cancel()
+                await asyncio.gather(lost, ended, return_exceptions=True)
+
+
+async def _serve(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, buffer: Buffer, end: asyncio.Event
+) -> None:
+    """Answer one connection: release the buffer for our own user and root."""
+    try:
+        if _peer_uid(writer.get_extra_info("socket")) not in (0, os.geteuid()):
+            return
+        with suppress(TimeoutError, ValueError):
+            async with asyncio.timeout(5):
+                if await reader.readline() != _REQUEST:
+                    return
+                await _release(writer, buffer, end)
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+
+
+async def _release(writer: asyncio.StreamWriter, buffer: Buffer, end: asyncio.Event) -> None:
+    try:
+        await buffer.release()
+        writer.write(_RELEASED)
+    except UdmabufError as error:
+        writer.write(f"{error}\n".encode())
+    await writer.drain()
+    if buffer.released:
+        end.set()
+
+
+def _socket_name(buffer_id: str) -> str:
+    return f"\0udmabufctl/{buffer_id}"
+
+
+def _peer_uid(sock: socket.socket) -> int:
+    """Return the user at the other end as it was when it connected or listened: struct ucred, unix(7)."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    uid: int = struct.unpack("3i", credentials)[1]
+    return uid

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""udmabufctl's arguments: what is accepted, what is not, what it costs to find out, and that help teaches."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+
+from udmabufd_client.cli import main, make_parser
+from udmabufd_client.cli.alloc import parse_size
+from udmabufd_client.cli.buffer_id import parse_buffer
+from udmabufd_client.contract import BUFFER_PATH_PREFIX, SPEC_KEYS
+
+VERBS = ["alloc", "list", "info", "release", "limits"]
+
+
+def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(action.choices)
+
+
+def test_the_verbs_are_those_of_the_manual() -> None:
+    parser = make_parser()
+    assert list(verbs_of(parser)) == VERBS
+    for each in (parser, *verbs_of(parser).values()):
+        assert each.description
+        assert each.epilog
+        assert "udmabufctl " in each.epilog
+        # It is kept line by line, on terminals of 80 columns and in the manual page.
+        assert max(map(len, each.epilog.splitlines())) <= 78
+
+
+def test_every_key_of_spec_is_an_option_of_alloc() -> None:
+    options = verbs_of(make_parser())["alloc"]._option_string_actions
+    for key, known in SPEC_KEYS.items():
+        action = options["--" + key.replace("_", "-")]
+        assert action.dest == key
+        assert known.meaning in str(action.help)
+
+
+def test_general_options_stand_on_either_side_of_the_verb() -> None:
+    parser = make_parser()
+    for words in (
+        ["--json", "--bus", "session", "--timeout", "3", "list"],
+        ["list", "--json", "--bus", "session", "--timeout", "3"],
+    ):
+        arguments = parser.parse_args(words)
+        assert (arguments.json, arguments.bus, arguments.timeout) == (True, "session", 3.0)
+    plain = parser.parse_args(["list"])
+    assert (plain.json, plain.bus, plain.timeout) == (False, "system", 25.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([], "VERB"),
+        (["paint"], "invalid choice"),
+        (["list", "--timeout", "0"], "invalid number of seconds"),
+        (["list", "--timeout", "nan"], "invalid number of seconds"),
+        (["list", "--timeout", "soon"], "invalid number of seconds"),
+        (["list", "--timeout", "86400.1"], "at most 86400"),
+        (["--timeout", "1e300", "release", "0" * 16], "at most 86400"),
+        (["alloc", "--size", "-5"], "--size"),
+        (["alloc", "--size", "5X"], "invalid size"),
+        (["alloc", "--kind", "shm"], "--kind"),
+        (["alloc", "--hold", "--background"], "not allowed with"),
+        (["alloc", "--hold", "--", "true"], "without a COMMAND"),
+        (["alloc", "--size", "4K", "true"], 'put "--" before COMMAND'),
+        (["alloc", "--size", "4K", "--"], "COMMAND is missing"),
+        (["list", "--", "true"], "only alloc"),
+        (["info"], "BUFFER"),
+        (["info", "xyz"], "invalid buffer id or path"),
+        (["release"], "BUFFER"),
+    ],
+)
+def test_wrong_usage_is_status_2_and_says_what(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("4k", 4096), ("8M", 8 << 20), ("8MiB", 8 << 20), ("1G", 1 << 30), ("2T", 2 << 40)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_a_buffer_is_named_by_id_or_path() -> None:
+    assert (
+        parse_buffer("0123456789ABCDEF") == parse_buffer(BUFFER_PATH_PREFIX + "0123456789abcdef") == "0123456789abcdef"
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)])
+def test_help_comes_at_once_and_fits(words: list[str]) -> None:
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path), "COLUMNS": "80"}
+    code = (
+        "import sys, atexit; from udmabufd_client.cli import main\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        "main(sys.argv[1:])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *words], check=True, capture_output=True, text=True, env=environment
+    )
+    assert "examples:" in run.stdout
+    loaded = set(run.stderr.split())
+    assert "udmabufd_client.cli" in loaded
+    assert not loaded & {"asyncio", "socket", "dbus_next", "dbus_fast", "udmabufd_base", "subprocess"}
+
+
+def test_an_unreachable_bus_is_status_1_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--bus", "unix:path=/nonexistent/bus", "list"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("udmabufctl: The bus 'unix:path=/nonexistent/bus' cannot be reached")
+    assert said.err.count("\n") == 1
+
+
+def test_a_bad_address_is_status_1_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--bus", "nonsense", "limits"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
