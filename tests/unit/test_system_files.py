@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""The files that systemd, udev and the bus are given: checked by systemd's own tools and against the interface XML."""
+
+from __future__ import annotations
+
+import configparser
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.unit.tools import TOP, needed
+from udmabufd.config import OPTIONS
+from udmabufd_client import contract
+
+SYSTEMD = TOP / "systemd"
+UNIT = SYSTEMD / "udmabufd.service.in"
+POLICY = SYSTEMD / "dbus/org.udmabufd.Allocator1.conf"
+
+EXPOSURE_LIMIT = 13
+"""Of systemd-analyze security, times ten."""
+
+
+def keys(text: str) -> dict[str, list[str]]:
+    """Return the settings of [Service] with all their values, in order."""
+    found: dict[str, list[str]] = {}
+    section = ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            section = line
+        elif section == "[Service]" and line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            found.setdefault(key, []).append(value)
+    return found
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit as systemd/install renders it, its executable in place."""
+    executable = tmp_path / "lib/udmabufd/udmabufd"
+    executable.parent.mkdir(parents=True)
+    executable.write_text("#!/bin/sh\n")
+    executable.chmod(0o755)
+    rendered = tmp_path / "udmabufd.service"
+    rendered.write_text(UNIT.read_text().replace("@PREFIX@", str(tmp_path)))
+    return rendered
+
+
+def test_systemd_finds_no_fault_in_the_unit(unit: Path) -> None:
+    done = subprocess.run(
+        [needed("systemd-analyze"), "verify", "--man=no", unit], capture_output=True, text=True, check=False
+    )
+    assert done.stdout + done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_the_units_exposure(unit: Path) -> None:
+    command = [needed("systemd-analyze"), "security", "--offline=yes", "--no-pager", f"--threshold={EXPOSURE_LIMIT}"]
+    done = subprocess.run([*command, unit], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The threshold is looked at: one that no unit reaches fails.
+    assert subprocess.run([*command[:-1], "--threshold=0", unit], capture_output=True, check=False).returncode == 1
+
+
+def test_settings_of_the_unit_are_sorted() -> None:
+    found = list(keys(UNIT.read_text()))
+    assert found == sorted(found, key=str.casefold)
+
+
+def test_the_unit_can_serve_what_the_configuration_allows() -> None:
+    settings = keys(UNIT.read_text())
+    (max_buffers,) = (option.default for option in OPTIONS if option.key == "max_buffers")
+    assert isinstance(max_buffers, int)
+    # A dma-buf and a memfd each, and slack.
+    assert int(settings["LimitNOFILE"][0]) >= 2 * max_buffers + 1024
+    # /proc/meminfo and /proc/cmdline, /dev/udmabuf, udev's events.
+    assert "ProcSubset" not in settings
+    assert settings["DeviceAllow"] == ["char-misc r"]
+    assert settings["DevicePolicy"] == ["closed"]
+    assert not {"PrivateDevices", "PrivateNetwork", "PrivateUsers"} & settings.keys()
+    assert settings["RestrictAddressFamilies"] == ["AF_UNIX AF_NETLINK"]
+
+
+def test_names_agree() -> None:
+    settings = keys(UNIT.read_text())
+    assert settings["BusName"] == [contract.BUS_NAME]
+    user = settings["User"][0]
+    sysusers = [line.split() for line in (SYSTEMD / "udmabufd.sysusers").read_text().splitlines() if line[:1] != "#"]
+    assert [fields[:2] for fields in sysusers] == [["u", user], ["g", settings["SupplementaryGroups"][0]]]
+    rule = [line for line in (SYSTEMD / "51-udmabufd.rules").read_text().splitlines() if line[:1] != "#"]
+    assert rule == [f'SUBSYSTEM=="misc", KERNEL=="udmabuf", GROUP="{settings["SupplementaryGroups"][0]}", MODE="0660"']
+    assert ElementTree.parse(POLICY).find(f"policy[@user='{user}']/allow[@own='{contract.BUS_NAME}']") is not None
+    activation = configparser.ConfigParser(interpolation=None)
+    activation.optionxform = str  # type: ignore[assignment,method-assign]
+    activation.read(SYSTEMD / "dbus/org.udmabufd.Allocator1.service")
+    service = activation["D-BUS Service"]
+    assert service["Name"] == contract.BUS_NAME
+    # What the bus starts is the alias that `systemctl enable` makes.
+    assert f"Alias={service['SystemdService']}" in UNIT.read_text().splitlines()
+
+
+def members(interface: str) -> set[tuple[str, str]]:
+    document = ElementTree.fromstring(contract.interface_xml(interface))
+    return {
+        (element.get("name", ""), member.get("name", ""))
+        for element in document.iter("interface")
+        for member in element.iter("method")
+    }
+
+
+def test_the_policy_allows_each_member_and_no_other() -> None:
+    policy = ElementTree.parse(POLICY).getroot()
+    rules: dict[str, list[dict[str, str]]] = {}
+    for element in policy:
+        assert element.tag == "policy"
+        (who,) = element.items()
+        assert all(rule.tag == "allow" for rule in element)
+        rules["=".join(who)] = [dict(rule.items()) for rule in element]
+    assert rules.keys() == {"user=udmabufd", "context=default", "user=root"}
+    assert rules["user=udmabufd"] == [{"own": contract.BUS_NAME}]
+
+    def allowed(who: str) -> list[tuple[str, str]]:
+        for rule in rules[who]:
+            assert rule.keys() == {"send_destination", "send_interface", "send_member"}
+            assert rule["send_destination"] == contract.BUS_NAME
+        return [(rule["send_interface"], rule["send_member"]) for rule in rules[who]]
+
+    everyone, root = allowed("context=default"), allowed("user=root")
+    assert len(set(everyone)) == len(everyone)
+    served = set().union(*(members(path.stem) for path in (SYSTEMD / "interfaces").glob("*.xml")))
+    write = {("org.freedesktop.DBus.Properties", "Set")}
+    assert set(everyone) == served - write
+    assert set(root) == write
+
+
+def test_each_interface_is_in_a_file_of_its_name() -> None:
+    for path in (SYSTEMD / "interfaces").glob("*.xml"):
+        (element,) = ElementTree.parse(path).getroot().iter("interface")
+        assert element.get("name") == path.stem
+
+
+def test_a_wheel_carries_the_interfaces(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(TOP / name, source)
+    for name in ("daemon", "client", "systemd"):
+        shutil.copytree(TOP / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [needed("python3"), "-m", "pip"]
+    done = subprocess.run(
+        [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("udmabufd-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for path in (SYSTEMD / "interfaces").glob("*.xml"):
+            assert archive.read(f"udmabufd_client/interfaces/{path.name}") == path.read_bytes()
+        top = {name.split("/")[0] for name in archive.namelist()}
+    assert {name for name in top if "." not in name} == {"udmabufd", "udmabufd_base", "udmabufd_client"}
