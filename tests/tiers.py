@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: MIT
+"""Runs every test of the project: installs what they need, then tier by tier, with one summary at the end."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+
+DESCRIPTION = """\
+Installs what the tests need (Debian packages by apt, Python packages into .venv), then runs them tier by tier:
+
+  checks             linters, types, import direction, unit files, manual pages, packaging
+  unit               what needs neither a bus nor a kernel interface
+  bus (LIBRARY)      a private dbus-daemon with the system bus's limits and our policy; once per D-Bus library
+  guest (BUS)        real kernel, systemd and Weston in the emulated machine of tests/vm/run, once per system bus
+"""
+
+EPILOG = """\
+examples:
+  tests/run                  everything: the command that CI runs
+  tests/run --fast           without the guest: some minutes
+  tests/run --long           with the full counts of the tests that name two
+  tests/run --tier checks    one tier; may be given several times
+  tests/run -- -k ticket     further arguments for pytest
+
+The exit status is 0 when every test passed and none was skipped.
+"""
+
+PACKAGES = {
+    # Debian package: a file that shows that it is there.
+    "python3-venv": "/usr/lib/python3*/ensurepip",
+    "python3-pip": "/usr/lib/python3/dist-packages/pip",  # systemd/install takes the system's
+    "python3-dev": "/usr/include/python3*/Python.h",
+    "gcc": "/usr/bin/gcc",
+    "libcap-dev": "/usr/include/sys/capability.h",  # python-prctl is compiled
+    "linux-libc-dev": "/usr/include/linux/udmabuf.h",
+    "libudev1": "/usr/lib/*/libudev.so.1",
+    "dbus": "/usr/bin/dbus-daemon",
+    "systemd": "/usr/bin/systemd-analyze",
+    "git": "/usr/bin/git",
+    "man-db": "/usr/bin/man",
+    "groff": "/usr/bin/groff",
+    "mandoc": "/usr/bin/mandoc",
+    "shellcheck": "/usr/bin/shellcheck",
+}
+
+NO_TEST_CHOSEN = 5
+"""pytest's exit status when nothing was left to run."""
+
+LIBRARIES = ("dbus-next", "dbus-fast")
+
+
+@dataclass
+class Tier:
+    """A part of the run: a command that leaves JUnit files in the folder `results`, and what they told."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    choosy: bool = False
+    """Whether arguments chose among the tests, so that a tier may have none to run."""
+    seconds: float = 0.0
+    status: int = 0
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def run(self, results: Path) -> None:
+        """Run the command and count its results."""
+        results.mkdir()
+        print(f"\n=== {self.name}: {' '.join(self.command)}", flush=True)
+        start = time.monotonic()
+        command = [word.replace("{results}", str(results)) for word in self.command]
+        strict = {"UDMABUFD_STRICT": "1", "PYTHONUNBUFFERED": "1"}
+        self.status = subprocess.run(
+            command, cwd=ROOT, env=os.environ | strict | self.environment, stdin=subprocess.DEVNULL, check=False
+        ).returncode
+        self.seconds = time.monotonic() - start
+        for file in sorted(results.glob("*.xml")):
+            for suite in ET.parse(file).getroot().iter("testsuite"):
+                bad = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+                skipped = int(suite.get("skipped", 0))
+                self.failed += bad
+                self.skipped += skipped
+                self.passed += int(suite.get("tests", 0)) - bad - skipped
+        if self.status == NO_TEST_CHOSEN and self.choosy:
+            self.status = 0
+        elif self.status == 0 and self.passed == 0:
+            self.status = 1
+            print(f"{self.name}: no test was run", flush=True)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything passed."""
+        return self.status == 0 and self.failed == 0
+
+
+def main() -> int:
+    """Install, run, sum up."""
+    arguments, extra = parse(sys.argv[1:])
+    started = time.monotonic()
+    install_packages()
+    python = make_venv()
+    tiers = [tier for tier in all_tiers(arguments, python, extra) if wanted(tier, arguments)]
+    if not tiers:
+        print(f"tests/run: no tier is called {', '.join(arguments.tier)}; see --help", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="udmabufd-tests-") as results:
+        for number, tier in enumerate(tiers):
+            tier.run(Path(results) / str(number))
+    sum_up(tiers, time.monotonic() - started)
+    if not any(tier.passed for tier in tiers):
+        print("tests/run: no test was run", file=sys.stderr)
+        return 1
+    return 0 if all(tier.ok for tier in tiers) else 1
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the arguments, and those that follow `--`."""
+    own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(
+        prog="tests/run",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--fast", action="store_true", help="leave the guest out")
+    parser.add_argument("--long", action="store_true", help="take the full counts where a test names two")
+    parser.add_argument("--tier", action="append", default=[], metavar="NAME", help="run this tier, by its first word")
+    return parser.parse_args(own), extra
+
+
+def install_packages() -> None:
+    """Install the Debian packages that are missing."""
+    missing = [name for name, proof in PACKAGES.items() if not list(Path("/").glob(proof.lstrip("/")))]
+    if not missing:
+        return
+    sudo = [] if os.geteuid() == 0 else ["sudo"]
+    if not shutil.which("apt-get") or (sudo and not shutil.which("sudo")):
+        sys.exit(f"tests/run: install these first (they are Debian's names): {' '.join(missing)}")
+    print(f"=== installing Debian packages: {' '.join(missing)}", flush=True)
+    subprocess.run([*sudo, "apt-get", "update", "-q"], check=True)
+    environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
+    install = ["apt-get", "install", "-y", "-q", "--no-install-recommends"]
+    subprocess.run([*sudo, *environment, *install, *missing], check=True)
+
+
+def make_venv() -> str:
+    """Make .venv with the project's dependencies, unless it is there already; return its Python."""
+    python = VENV / "bin" / "python"
+    recipe = VENV / "recipe"
+    wanted_recipe = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + sys.version.encode()).hexdigest()
+    if not recipe.exists() or recipe.read_text() != wanted_recipe:
+        print("=== making .venv", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
+        pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-e", f"{ROOT}[daemon,fast,dev]", "build", "hatchling"], check=True)
+        recipe.write_text(wanted_recipe)
+    return str(python)
+
+
+def all_tiers(arguments: argparse.Namespace, python: str, extra: list[str]) -> list[Tier]:
+    """Return every tier, in order."""
+    path = f"{VENV / 'bin'}:{os.environ.get('PATH', '')}"
+    common = {"PATH": path, "UDMABUFD_LONG": "1" if arguments.long else "0"}
+
+    def pytest(*where: str) -> list[str]:
+        return [python, "-m", "pytest", "-q", "--junitxml={results}/host.xml", *where, *extra]
+
+    tiers = [
+        Tier("checks", pytest("tests/unit/test_checks.py"), common),
+        Tier("unit", pytest("tests/unit", "tests/system", "tests/vm", "--ignore=tests/unit/test_checks.py"), common),
+    ]
+    for library in LIBRARIES:
+        tiers.append(Tier(f"bus ({library})", pytest("tests/bus"), common | {"UDMABUFD_DBUS_LIBRARY": library}))
+    seconds = str(3 * 3600 if arguments.long else 3000)
+    for bus in ("dbus-daemon", "dbus-broker"):
+        guest = ["tests/vm/run", "--bus", bus, "--append", "init_on_alloc=0", "--timeout", seconds]
+        inside = ["--share", "{results}", "--", "tests/guest-suite", bus, common["UDMABUFD_LONG"], *extra]
+        tiers.append(Tier(f"guest ({bus})", [*guest, *inside], common))
+    for tier in tiers:
+        tier.choosy = bool(extra)
+    return tiers
+
+
+def wanted(tier: Tier, arguments: argparse.Namespace) -> bool:
+    """Whether the options ask for `tier`."""
+    word = tier.name.split()[0]
+    if arguments.tier:
+        return word in arguments.tier or tier.name in arguments.tier
+    return not (arguments.fast and word == "guest")
+
+
+def sum_up(tiers: list[Tier], seconds: float) -> None:
+    """Print the table of tiers, and the line that counts all tests."""
+    print("\n=== summary")
+    print(f"{'tier':<22}{'passed':>8}{'failed':>8}{'skipped':>9}{'time':>9}")
+    for tier in tiers:
+        verdict = "" if tier.ok else f"  FAILED (status {tier.status})"
+        minutes = f"{int(tier.seconds) // 60}:{int(tier.seconds) % 60:02}"
+        print(f"{tier.name:<22}{tier.passed:>8}{tier.failed:>8}{tier.skipped:>9}{minutes:>9}{verdict}")
+    print(f"{'all, with set-up':<47}{int(seconds) // 60:>6}:{int(seconds) % 60:02}\n")
+    failed = sum(tier.failed for tier in tiers) + sum(1 for tier in tiers if not tier.ok and not tier.failed)
+    print(f"{sum(t.passed for t in tiers)} passed, {failed} failed, {sum(t.skipped for t in tiers)} skipped")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
