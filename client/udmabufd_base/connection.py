@@ -25,9 +25,10 @@ from udmabufd_base.errors import (
     RemoteError,
 )
 from udmabufd_base.fd import OwnedFd, close_all
-from udmabufd_base.inbox import Inbox, Incoming
+from udmabufd_base.inbox import Discard, Incoming
 from udmabufd_base.message import NO_REPLY_EXPECTED, Header, Message, MessageType
 from udmabufd_base.outbox import Outbox
+from udmabufd_base.selective import ReceiveFds, make_inbox
 from udmabufd_base.transport import Transport
 
 __all__ = ["BUS_NAME", "BUS_PATH", "DO_NOT_QUEUE", "MAX_FDS", "Connection", "Handler", "Incoming", "Reply"]
@@ -51,7 +52,7 @@ Handler: TypeAlias = Callable[[Incoming], None]
 
 @dataclass(slots=True)
 class Reply:
-    """The answer to a call. The receiver owns `fds`; values of type `h` in `body` are valid indices into them."""
+    """The answer to a call. The receiver owns `fds`, which values of type `h` in `body` index if there are any."""
 
     body: list[Any]
     fds: list[OwnedFd]
@@ -67,7 +68,14 @@ class Connection:
     """
 
     def __init__(
-        self, sock: socket.socket, *, receive_fds: bool, handler: Handler | None, max_body: int, max_backlog: int
+        self,
+        sock: socket.socket,
+        *,
+        receive_fds: ReceiveFds,
+        discard: Discard | None,
+        handler: Handler | None,
+        max_body: int,
+        max_backlog: int,
     ) -> None:
         """For open() and adopt()."""
         self.unique_name = ""
@@ -78,7 +86,7 @@ class Connection:
         self._calls: dict[int, asyncio.Future[Incoming]] = {}
         self._lost_event = asyncio.Event()
         self._outbox = Outbox(sock, max_backlog)
-        inbox = Inbox(sock, receive_fds=receive_fds, max_body=max_body)
+        inbox = make_inbox(sock, receive_fds=receive_fds, discard=discard, max_body=max_body)
         self._transport = Transport(sock, inbox, self._outbox, self._dispatch, self._fail_calls)
 
     @classmethod
@@ -86,7 +94,8 @@ class Connection:
         cls,
         address: str,
         *,
-        receive_fds: bool,
+        receive_fds: ReceiveFds,
+        discard: Discard | None = None,
         handler: Handler | None = None,
         max_body: int = 1 << 20,
         max_backlog: int = 8 << 20,
@@ -94,10 +103,11 @@ class Connection:
     ) -> Self:
         """Connect to the bus at `address` (a D-Bus address list, `system` or `session`), authenticate and say Hello.
 
-        `receive_fds` decides once whether fds are ever received: where false, the kernel drops them unseen. Bodies
-        over `max_body` bytes are skipped (Incoming.oversize). `max_backlog` bounds the bytes that wait to be sent.
-        `timeout` is seconds for all of open(). Raises AuthError, ConnectionLost, CallTimedOut, and ValueError on a
-        malformed address.
+        `receive_fds` decides once whether fds are ever received: where false, the kernel drops them unseen. A function
+        decides for each message by its header, replies included; `discard(header, fds)` then becomes the owner of fds
+        that nobody took, which are else closed on the loop (see selective). Bodies over `max_body` bytes are skipped
+        (Incoming.oversize). `max_backlog` bounds the bytes that wait to be sent. `timeout` is seconds for all of
+        open(). Raises AuthError, ConnectionLost, CallTimedOut, and ValueError on a malformed address.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -110,6 +120,7 @@ class Connection:
                 return await cls.adopt(
                     sock,
                     receive_fds=receive_fds,
+                    discard=discard,
                     handler=handler,
                     max_body=max_body,
                     max_backlog=max_backlog,
@@ -124,7 +135,8 @@ class Connection:
         cls,
         sock: socket.socket,
         *,
-        receive_fds: bool,
+        receive_fds: ReceiveFds,
+        discard: Discard | None = None,
         handler: Handler | None = None,
         max_body: int = 1 << 20,
         max_backlog: int = 8 << 20,
@@ -132,7 +144,14 @@ class Connection:
         hello: bool = False,
     ) -> Self:
         """Take over an AF_UNIX stream socket on which messages can flow at once; say Hello if a bus is at its end."""
-        connection = cls(sock, receive_fds=receive_fds, handler=handler, max_body=max_body, max_backlog=max_backlog)
+        connection = cls(
+            sock,
+            receive_fds=receive_fds,
+            discard=discard,
+            handler=handler,
+            max_body=max_body,
+            max_backlog=max_backlog,
+        )
         if hello:
             try:
                 reply = await connection._call_bus("Hello", timeout=timeout)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import warnings
@@ -73,6 +74,7 @@ class OwnedFd:
 
 
 def close_all(fds: Iterable[OwnedFd]) -> None:
-    """Close every one of `fds`."""
+    """Close every one of `fds`, also when the file system of one fails to: what it could lose is not ours."""
     for fd in fds:
-        fd.close()
+        with contextlib.suppress(OSError):
+            fd.close()

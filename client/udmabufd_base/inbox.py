@@ -2,7 +2,8 @@
 """Inbox: from the bytes and fds of a stream socket to messages, in bounded memory.
 
 It frames messages by the header alone, gives each its own fds, and skips what is too large as it streams in. Who
-handles a message is left to connection, when to read on to transport.
+handles a message is left to connection, when to read on to transport, and to take the fds of some messages only to
+selective.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import array
 import socket
 from collections import deque
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
 
 from udmabufd_base import codec
 from udmabufd_base.errors import BodyTooLarge, ProtocolError
@@ -23,25 +25,39 @@ READ_SIZE: Final = 1 << 15
 MAX_HEADER: Final = 2 * READ_SIZE
 """Bytes of header. Object paths have no bound, so a peer can send more: such a message is dropped unread."""
 
-_SCM_MAX_FD: Final = 253
+SCM_MAX_FD: Final = 253
 """Fds in one sendmsg, by include/net/scm.h: the most that a message can carry."""
+
+Discard: TypeAlias = Callable[[Header, list[OwnedFd]], None]
+"""Takes ownership of fds that came with the message of that header and that nobody took."""
+
+
+def close_at_once(header: Header, fds: list[OwnedFd]) -> None:
+    """Discard by closing where we stand; with a descriptor of a file system that does not answer, that can hang."""
+    close_all(fds)
 
 
 class Incoming:
     """A received message: its header, its body on demand, and the fds that came with it."""
 
-    __slots__ = ("_fds", "_raw", "header", "oversize")
+    __slots__ = ("_discard", "_fds", "_raw", "header", "oversize")
 
-    def __init__(self, header: Header, raw: bytes | None, fds: list[OwnedFd]) -> None:
+    def __init__(
+        self, header: Header, raw: bytes | None, fds: list[OwnedFd], discard: Discard = close_at_once
+    ) -> None:
         self.header = header
         self.oversize = raw is None
         """Whether the body was over the connection's bound. It was skipped, and the fds are closed."""
         self._raw = raw
         self._fds = fds
+        self._discard = discard
 
     @property
     def fds(self) -> list[OwnedFd]:
-        """The fds, still owned by this object: those that nobody takes are closed when the handler returns."""
+        """The fds, still owned by this object: those that nobody takes are discarded when the handler returns.
+
+        There are `header.unix_fds` of them, or none: the connection does not receive them, or not this message's.
+        """
         return self._fds
 
     def take_fds(self) -> list[OwnedFd]:
@@ -59,8 +75,9 @@ class Incoming:
         return codec.decode_body(self._raw, self.header)
 
     def close(self) -> None:
-        """Close the fds that nobody took."""
-        close_all(self.take_fds())
+        """Discard the fds that nobody took."""
+        if self._fds:
+            self._discard(self.header, self.take_fds())
 
 
 class Inbox:
@@ -94,21 +111,26 @@ class Inbox:
 
     def _receive_with_fds(self, size: int) -> bytes:
         # Every complete message has claimed its fds, so all that wait belong to one.
-        if len(self._fds) > _SCM_MAX_FD:
-            raise ProtocolError(f"a message with more than {_SCM_MAX_FD} file descriptors")
+        if len(self._fds) > SCM_MAX_FD:
+            raise ProtocolError(f"a message with more than {SCM_MAX_FD} file descriptors")
+        data, truncated = self._recvmsg(size)
+        if truncated:
+            raise ProtocolError("the kernel dropped file descriptors on the way; is RLIMIT_NOFILE too low?")
+        return data
+
+    def _recvmsg(self, size: int) -> tuple[bytes, bool]:
+        """Read once, add the fds that came to those that wait, and tell whether the kernel had to drop some."""
         numbers = array.array("i")
         data, ancillary, flags, _ = self._socket.recvmsg(
             size,
-            socket.CMSG_SPACE(_SCM_MAX_FD * numbers.itemsize),
+            socket.CMSG_SPACE(SCM_MAX_FD * numbers.itemsize),
             socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
         )
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 numbers.frombytes(payload[: len(payload) // numbers.itemsize * numbers.itemsize])
         self._fds.extend(OwnedFd(number) for number in numbers)
-        if flags & socket.MSG_CTRUNC:
-            raise ProtocolError("the kernel dropped file descriptors on the way; is RLIMIT_NOFILE too low?")
-        return data
+        return data, bool(flags & socket.MSG_CTRUNC)
 
     def next(self) -> Incoming | None:
         """Return the next complete message, or None until more was received. Raises ProtocolError."""
@@ -140,11 +162,15 @@ class Inbox:
                 return self._cut(frame.total_length)
 
     def _cut(self, size: int) -> Incoming:
-        raw = bytes(memoryview(self._buffer)[:size])
-        del self._buffer[:size]
+        raw = self._pop(size)
         header = parse_header(raw)
         assert header is not None
         return Incoming(header, raw, self._claim(header.unix_fds))
+
+    def _pop(self, size: int) -> bytes:
+        raw = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        return raw
 
     def _end_skip(self) -> Incoming | None:
         header, self._skipped = self._skipped, None

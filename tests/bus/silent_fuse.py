@@ -38,7 +38,8 @@ def _answer(operation: int, node: int) -> bytes | int | None:
     if operation == _INIT:
         return struct.pack("=IIIIHHIIHHI28x", 7, 31, 0, 0, 0, 0, 4096, 1, 0, 0, 0)
     if operation == _LOOKUP:
-        return struct.pack("=QQQQII", _NODE, 0, _LIFETIME, _LIFETIME, 0, 0) + _attributes(_NODE)
+        # The name is good for a lifetime, the attributes for none: fstat asks again, and waits.
+        return struct.pack("=QQQQII", _NODE, 0, _LIFETIME, 0, 0, 0) + _attributes(_NODE)
     if operation == _GETATTR and node == _ROOT:
         return struct.pack("=QII", _LIFETIME, 0, 0) + _attributes(node)
     if operation == _OPEN:

@@ -15,55 +15,27 @@ import os
 import resource
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
 from tests.bus.echo_service import INTERFACE, PATH, Connect, EchoService, content, echo, fd_count, memfd, until
+from tests.bus.pair import MODES, Pair, Pulse, call_message
 from tests.bus.private_bus import PrivateBus
-from tests.bus.silent_fuse import silent_file
 from udmabufd_base import codec
 from udmabufd_base.connection import BUS_NAME, BUS_PATH, Connection, Incoming
 from udmabufd_base.errors import BodyTooLarge, CallTimedOut, ConnectionLost, ProtocolError, QueueFull, RemoteError
 from udmabufd_base.fd import OwnedFd
 from udmabufd_base.inbox import MAX_HEADER, READ_SIZE
-from udmabufd_base.message import NO_REPLY_EXPECTED, Message, MessageType, pack_header
+from udmabufd_base.message import Message, MessageType, pack_header
+from udmabufd_base.selective import ReceiveFds
 
 pytestmark = pytest.mark.host
 
 MIB = 1 << 20
-
-
-class Pulse:
-    """Measures the longest turn of the loop, in seconds of `clock`, while it is entered."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self.longest = 0.0
-        self.beats = 0
-
-    async def _beat(self) -> None:
-        before = self._clock()
-        while True:
-            await asyncio.sleep(0.002)
-            now = self._clock()
-            self.longest = max(self.longest, now - before)
-            self.beats += 1
-            before = now
-
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._beat())
-        await asyncio.sleep(0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.sleep(0.002)
-        self._task.cancel()
 
 
 @contextlib.contextmanager
@@ -80,55 +52,6 @@ def _status(key: str) -> int:
         if name == key:
             return int(value.split()[0]) * 1024
     raise KeyError(key)
-
-
-class Pair:
-    """A socket pair with the connection under test at one end and a peer that writes what it likes at the other."""
-
-    def __init__(self) -> None:
-        ours, self.peer = socket.socketpair()
-        self.peer.setblocking(False)
-        self._ours: socket.socket | None = ours
-        self._connection: Connection | None = None
-        self.heard: list[Incoming] = []
-
-    def take(self) -> socket.socket:
-        """Return our end and stop owning it."""
-        assert self._ours is not None
-        ours, self._ours = self._ours, None
-        return ours
-
-    async def connection(
-        self, *, receive_fds: bool, handler: Callable[[Incoming], None] | None = None, **arguments: Any
-    ) -> Connection:
-        """Make the connection; messages are kept in `heard` unless there is a handler."""
-        handler = handler or self.heard.append
-        self._connection = await Connection.adopt(self.take(), receive_fds=receive_fds, handler=handler, **arguments)
-        return self._connection
-
-    def write(self, data: bytes, fds: Sequence[OwnedFd] = ()) -> None:
-        """Write what the socket takes at once, which must be all of it."""
-        numbers = array.array("i", [fd.fileno() for fd in fds])
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if fds else []
-        assert self.peer.sendmsg([data], ancillary) == len(data)
-
-    async def stream(self, *chunks: bytes) -> None:
-        """Write any amount, waiting for the connection to read."""
-        for chunk in chunks:
-            await asyncio.get_running_loop().sock_sendall(self.peer, chunk)
-
-    async def answers(self, connection: Connection) -> bool:
-        """Whether the connection reads all that was written so far, and one more call."""
-        heard = len(self.heard)
-        await self.stream(pack_header(call_message(member="Marker"), 0))
-        await until(lambda: connection.lost is not None or "Marker" in [i.header.member for i in self.heard[heard:]])
-        return connection.lost is None
-
-    def close(self) -> None:
-        """Close both ends."""
-        for end in (self._ours, self.peer, self._connection):
-            if end is not None:
-                end.close()
 
 
 @pytest.fixture
@@ -148,11 +71,6 @@ def send_raw(connection: Connection, message: Message, body: bytes, fds: Sequenc
     connection._transport.send(pack_header(message, len(body)) + body, fds)
 
 
-def call_message(destination: str = "", **fields: Any) -> Message:
-    defaults: dict[str, Any] = {"path": PATH, "interface": INTERFACE, "member": "Echo", "flags": NO_REPLY_EXPECTED}
-    return Message(MessageType.METHOD_CALL, destination=destination, **({"serial": 1} | defaults | fields))
-
-
 HOSTILE = {
     "known method": call_message(),
     "unknown method": call_message(member="NoSuch"),
@@ -162,9 +80,9 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("receive_fds", [False, True])
+@pytest.mark.parametrize("receive_fds", MODES.values(), ids=MODES.keys())
 @pytest.mark.parametrize("message", HOSTILE.values(), ids=HOSTILE.keys())
-async def test_1000_messages_of_16_stray_fds(connect: Connect, message: Message, receive_fds: bool) -> None:
+async def test_1000_messages_of_16_stray_fds(connect: Connect, message: Message, receive_fds: ReceiveFds) -> None:
     service = EchoService()
     service.connection = await connect(receive_fds=receive_fds, handler=service.handle)
     sender = await connect()
@@ -192,49 +110,6 @@ async def test_replies_that_nobody_waits_for(pair: Pair) -> None:
             pair.write(codec.encode(answer), [fd])
     assert await pair.answers(connection)
     assert fd_count() == before
-
-
-@pytest.mark.root
-async def test_200_fds_that_hang_whoever_closes_them(pair: Pair, tmp_path: Path) -> None:
-    """A peer in the bus's place sends descriptors of a FUSE file system that has stopped answering."""
-    program = """if True:
-        import array, os, socket, sys
-        sock = socket.socket(fileno=int(sys.argv[1]))
-        message = bytes.fromhex(sys.argv[3])
-        fds = array.array("i", [os.open(sys.argv[2], os.O_RDWR) for _ in range(200)])
-        for start in range(0, 200, 8):
-            sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds[start : start + 8])])
-        print("sent", flush=True)
-        sys.stdin.read()
-    """
-    message = call_message(member="Stray", unix_fds=8)
-    connection = await pair.connection(receive_fds=False)
-    before = fd_count()
-    with silent_file(tmp_path) as file:
-        number = str(pair.peer.fileno())
-        peer = subprocess.Popen(
-            [sys.executable, "-c", program, number, str(file), pack_header(message, 0).hex()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[pair.peer.fileno()],
-        )
-        assert peer.stdin is not None
-        assert peer.stdout is not None
-        try:
-            async with Pulse(time.monotonic) as pulse:
-                await until(lambda: len(pair.heard) == 25)
-                assert await pair.answers(connection)
-            assert pulse.longest < 2
-            # Pipes to the peer are open, and nothing else.
-            assert fd_count() == before + 3
-            start = time.monotonic()
-            connection.close()
-            assert time.monotonic() - start < 2
-        finally:
-            peer.kill()
-            peer.stdin.close()
-            peer.stdout.close()
-    peer.wait()
 
 
 async def test_a_stopped_bus_and_20000_signals(connect: Connect, open_bus: PrivateBus) -> None:
@@ -382,8 +257,8 @@ async def test_a_body_of_4_mib(connect: Connect) -> None:
     assert victim.lost is None
 
 
-@pytest.mark.parametrize("receive_fds", [False, True])
-async def test_a_body_of_64_mib_is_never_held(pair: Pair, receive_fds: bool) -> None:
+@pytest.mark.parametrize("receive_fds", MODES.values(), ids=MODES.keys())
+async def test_a_body_of_64_mib_is_never_held(pair: Pair, receive_fds: ReceiveFds) -> None:
     connection = await pair.connection(receive_fds=receive_fds, max_body=1 << 16)
     header = pack_header(call_message(signature="ai", member="Big"), 4 + 64 * MIB)
     chunk = bytes(MIB)
@@ -396,9 +271,9 @@ async def test_a_body_of_64_mib_is_never_held(pair: Pair, receive_fds: bool) -> 
     assert [i.oversize for i in pair.heard] == [True, False]
 
 
-@pytest.mark.parametrize("receive_fds", [False, True])
+@pytest.mark.parametrize("receive_fds", MODES.values(), ids=MODES.keys())
 @pytest.mark.parametrize("size", [MAX_HEADER + 1, 48 * MIB])
-async def test_a_header_that_is_too_large_is_dropped(pair: Pair, size: int, receive_fds: bool) -> None:
+async def test_a_header_that_is_too_large_is_dropped(pair: Pair, size: int, receive_fds: ReceiveFds) -> None:
     connection = await pair.connection(receive_fds=receive_fds)
     before = fd_count()
     fixed = struct.pack("<cBBBIII", b"l", 1, 0, 1, 0, 1, size)
@@ -480,9 +355,11 @@ def field_bomb(count: int, value: bytes = b"\1u\0\0\0\0\0") -> bytes:
     return known[:12] + struct.pack("<I", len(fields)) + fields
 
 
-async def test_messages_full_of_header_fields(pair: Pair) -> None:
-    connection = await pair.connection(receive_fds=False)
-    bomb = field_bomb(MAX_HEADER // 8 - 64)
+@pytest.mark.parametrize("size", [MAX_HEADER, READ_SIZE])
+@pytest.mark.parametrize("receive_fds", MODES.values(), ids=MODES.keys())
+async def test_messages_full_of_header_fields(pair: Pair, receive_fds: ReceiveFds, size: int) -> None:
+    connection = await pair.connection(receive_fds=receive_fds)
+    bomb = field_bomb(size // 8 - 64)
     async with Pulse(time.thread_time) as pulse:
         for _ in range(8):
             await pair.stream(bomb)
@@ -492,8 +369,8 @@ async def test_messages_full_of_header_fields(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("received", [1, 15, 16, 60, -1])
-@pytest.mark.parametrize("receive_fds", [False, True])
-async def test_a_peer_that_leaves_within_a_message(pair: Pair, received: int, receive_fds: bool) -> None:
+@pytest.mark.parametrize("receive_fds", MODES.values(), ids=MODES.keys())
+async def test_a_peer_that_leaves_within_a_message(pair: Pair, received: int, receive_fds: ReceiveFds) -> None:
     connection = await pair.connection(receive_fds=receive_fds)
     before = fd_count()
     data = pack_header(call_message(unix_fds=2, signature="ay"), 104) + struct.pack("<I", 100) + bytes(100)
@@ -508,17 +385,19 @@ async def test_a_peer_that_leaves_within_a_message(pair: Pair, received: int, re
     assert fd_count() == before - 2  # both ends of the pair
 
 
-async def test_messages_before_the_end_are_heard(pair: Pair) -> None:
+@pytest.mark.parametrize("receive_fds", MODES.values(), ids=MODES.keys())
+async def test_messages_before_the_end_are_heard(pair: Pair, receive_fds: ReceiveFds) -> None:
     """More than one turn's share of them, with the end of the stream behind."""
-    connection = await pair.connection(receive_fds=False)
+    connection = await pair.connection(receive_fds=receive_fds)
     await pair.stream(pack_header(call_message(), 0) * 500)
     pair.peer.close()
     await connection.wait_lost()
     assert len(pair.heard) == 500
 
 
-async def test_one_turn_handles_a_bounded_number_of_messages(pair: Pair) -> None:
-    connection = await pair.connection(receive_fds=False)
+@pytest.mark.parametrize("receive_fds", MODES.values(), ids=MODES.keys())
+async def test_one_turn_handles_a_bounded_number_of_messages(pair: Pair, receive_fds: ReceiveFds) -> None:
+    connection = await pair.connection(receive_fds=receive_fds)
     await pair.stream(pack_header(call_message(), 0) * 500)
     counts = [0]
     while counts[-1] < 500:
