@@ -23,6 +23,7 @@ BUFFER_PATH_PREFIX: Final = OBJECT_PATH + "/buffer/"
 
 ALLOCATOR_INTERFACE: Final = "org.udmabufd.Allocator1"
 BUFFER_INTERFACE: Final = "org.udmabufd.Buffer1"
+ADMIN_INTERFACE: Final = "org.udmabufd.Admin1"
 LOG_CONTROL_INTERFACE: Final = "org.freedesktop.LogControl1"
 LOG_CONTROL_PATH: Final = "/org/freedesktop/LogControl1"
 
@@ -78,6 +79,7 @@ class State(StrEnum):
 
     EMPTY = "empty"
     BACKED = "backed"
+    LINGERING = "lingering"
 
 
 class Kind(StrEnum):
@@ -113,6 +115,7 @@ class CacheEvidence(StrEnum):
 
 UDMABUF: Final = "udmabuf"
 MEMFD: Final = "memfd"
+WRAPPED: Final = "wrapped"
 """Names of the allocators of this version."""
 
 MAX_FDS_PER_MESSAGE: Final = 16
@@ -120,6 +123,17 @@ MAX_FDS_PER_MESSAGE: Final = 16
 
 NAME_MAX: Final = 31
 """Bytes of a buffer's name: DMA_BUF_NAME_LEN of include/uapi/linux/dma-buf.h without the terminating NUL."""
+
+
+REQUEST_ID_MIN: Final = 16
+REQUEST_ID_MAX: Final = 64
+"""Characters of a request_id, each of 0x21 to 0x7e."""
+
+REQUEST_GRACE: Final = 10.0
+"""Seconds for which a buffer that was asked for with a request_id outlives its last holder."""
+
+BUS_GRACE: Final = 30.0
+"""Seconds for which buffers outlive a restart of the bus, for their clients to import them again."""
 
 
 class Key(NamedTuple):
@@ -139,8 +153,25 @@ SPEC_KEYS: Final[dict[str, Key]] = {
     "cache": Key("s", "Cache attribute of CPU mappings: cached (default), write-combine or uncached."),
     "cache_policy": Key("s", "prefer (default) takes what can be had; require refuses anything but cache."),
     "allocator": Key("s", "Take memory from this allocator and no other."),
+    "request_id": Key(
+        "s",
+        "16 to 64 printable characters, meant to be random: the same id with an equal spec answers with the same "
+        "buffer and a share of it, so that a call whose answer was lost can be repeated. Such a buffer outlives its "
+        "last holder by 10 s.",
+    ),
 }
 """Keys of `spec`."""
+
+WRAP_KEYS: Final[dict[str, Key]] = {
+    "name": Key("s", "As in spec."),
+    "request_id": Key("s", "As in spec."),
+}
+"""Keys of the options of WrapMemfd."""
+
+RECOVER_KEYS: Final[dict[str, Key]] = {
+    "discard": Key("b", "Give up the buffers instead of keeping them; false if absent."),
+}
+"""Keys of the options of Recover."""
 
 GET_FD_KEYS: Final[dict[str, Key]] = {}
 """Keys of the options of GetFd; none yet."""
@@ -169,16 +200,41 @@ INFO_KEYS: Final[dict[str, Key]] = {
 LIST_KEYS: Final[dict[str, Key]] = {
     "buffer": Key("o", "The buffer's object."),
     **INFO_KEYS,
-    "state": Key("s", "empty or backed."),
+    "state": Key(
+        "s", "empty, backed, or lingering: nobody holds a share, and the kernel has not freed the memory yet."
+    ),
     "holders": Key("u", "Connections that hold shares of it."),
     "references": Key(
         "u",
         "References to the dma-buf that others hold: file descriptors, mappings and imports. "
         "Absent where the kernel counts none.",
     ),
-    "charged": Key("t", "Bytes charged to the user who created it."),
+    "charged": Key(
+        "t", "Bytes charged for it: to who created it, or to the earliest holder once that user holds none."
+    ),
 }
 """Keys of each entry of ListBuffers; a key that does not apply is absent."""
+
+
+USAGE_KEYS: Final[dict[str, Key]] = {
+    "uid": Key("u", "The user."),
+    "application": Key("s", "The application, as its cgroup tells; empty where that is not known."),
+    "buffers": Key("u", "Buffers that it holds or is charged for."),
+    "bytes": Key("t", "Bytes charged, lingering ones included."),
+    "lingering": Key("t", "Bytes of buffers that nobody holds any more and the kernel has not freed yet."),
+    "refusals": Key("t", "Calls refused for a limit or for want of memory."),
+}
+"""Keys of each row of GetUsage."""
+
+RECOVERED_KEYS: Final[dict[str, Key]] = {
+    "buffer": Key("o", "The buffer's object, where it is known."),
+    "size": Key("t", "Bytes."),
+    "kind": Key("s", "dma-buf or memfd."),
+    "name": Key("s", "The buffer's name, where it is known."),
+    "inode": Key("t", "Inode number of the file descriptor."),
+    "action": Key("s", "restored (with its holders), kept (without an owner, until it is imported), or discarded."),
+}
+"""Keys of each row of Recover."""
 
 
 def types(keys: Mapping[str, Key]) -> dict[str, str]:
@@ -190,6 +246,10 @@ SPEC_TYPES: Final = types(SPEC_KEYS)
 GET_FD_TYPES: Final = types(GET_FD_KEYS)
 INFO_TYPES: Final = types(INFO_KEYS)
 LIST_TYPES: Final = types(LIST_KEYS)
+WRAP_TYPES: Final = types(WRAP_KEYS)
+RECOVER_TYPES: Final = types(RECOVER_KEYS)
+USAGE_TYPES: Final = types(USAGE_KEYS)
+RECOVERED_TYPES: Final = types(RECOVERED_KEYS)
 """D-Bus types alone, by key."""
 
 
