@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import mmap
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,13 @@ from udmabufd_base.fd import OwnedFd
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
+
+DRM_IOCTL_PRIME_FD_TO_HANDLE = 0xC00C642E  # include/uapi/drm/drm.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 Preparation = Callable[[int, int], None]
 
@@ -69,3 +79,19 @@ def drop_caches() -> None:
     """Have the kernel drop every clean page."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
+
+
+@contextmanager
+def bare_mapping(fd: int, size: int) -> Iterator[None]:
+    """A mapping and nothing else: mmap.mmap would keep a duplicate of the descriptor beside it."""
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    assert address not in (None, ctypes.c_void_p(-1).value), os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        _libc.munmap(address, size)
+
+
+def prime_import(card: int, dma_buf: OwnedFd) -> None:
+    """Import a dma-buf into a DRM device, which has it until the device's file is closed."""
+    fcntl.ioctl(card, DRM_IOCTL_PRIME_FD_TO_HANDLE, bytearray(struct.pack("=IIi", 0, 0, dma_buf.fileno())))

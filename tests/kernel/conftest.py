@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""What the tests on the real kernel share: the device, and the driver's parameters, put back afterwards."""
+"""What the tests on the real kernel share: devices, and the driver's parameters, put back afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.bus.peer import Peer
+from tests.bus.service import RunningService
+from tests.kernel import unit
+from tests.kernel.accord import settled
 from udmabufd.linux import udmabuf
 from udmabufd_base.fd import OwnedFd
 
@@ -30,3 +35,31 @@ def set_parameter() -> Iterator[Callable[[str, int], None]]:
     yield write
     for file, value in before.items():
         file.write_bytes(value)
+
+
+@pytest.fixture
+def vgem() -> Iterator[Path]:
+    """The node of the kernel's virtual GPU, which leaves again if it was not there: compositors would render on it."""
+    loaded = Path("/sys/module/vgem").exists()
+    subprocess.run(["modprobe", "vgem"], check=True)
+    try:
+        cards = [card for card in Path("/sys/class/drm").glob("card*") if (card / "device").resolve().name == "vgem"]
+        assert len(cards) == 1, f"nodes of vgem: {cards}"
+        node = Path("/dev/dri", cards[0].name)
+        subprocess.run(["udevadm", "wait", "--timeout=30", str(node)], check=True)
+        yield node
+    finally:
+        if not loaded:
+            subprocess.run(["modprobe", "--remove", "vgem"], check=True)
+
+
+@pytest.fixture
+async def root(service: RunningService) -> AsyncIterator[Peer]:
+    """Who looks on, when nothing is left of the tests before."""
+    peer = await Peer.connect(service.address)
+    await unit.serving(peer)
+    assert await settled(peer) == {}
+    yield peer
+    await unit.serving(peer)
+    assert await settled(peer) == {}
+    peer.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.buffers import PAGE, exported
+from tests.kernel.buffers import PAGE, bare_mapping, exported
 from tests.kernel.witness import bufinfo, dma_bufs
 from udmabufd.linux import dmabuf
 from udmabufd.linux.errors import HintedOSError
@@ -29,7 +29,6 @@ READ, WRITE = dmabuf.DMA_BUF_SYNC_READ, dmabuf.DMA_BUF_SYNC_WRITE
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 @pytest.fixture
@@ -37,17 +36,6 @@ def dma_buf(device: OwnedFd) -> Iterator[OwnedFd]:
     """A dma-buf of four pages."""
     with exported(device, 4 * PAGE) as (_, fd):
         yield fd
-
-
-@contextmanager
-def bare_mapping(fd: int, size: int) -> Iterator[None]:
-    """A mapping and nothing else: mmap.mmap would keep a duplicate of the descriptor beside it."""
-    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
-    assert address not in (None, ctypes.c_void_p(-1).value), os.strerror(ctypes.get_errno())
-    try:
-        yield
-    finally:
-        _libc.munmap(address, size)
 
 
 def count(fd: OwnedFd) -> int:

@@ -3,40 +3,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import struct
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.kernel import witness
-from tests.kernel.buffers import MIB, PAGE, exported
+from tests.kernel.buffers import MIB, PAGE, exported, prime_import
 from udmabufd.linux import dmabuf, memfd
 from udmabufd_base.fd import OwnedFd
 
 pytestmark = pytest.mark.guest
-
-DRM_IOCTL_PRIME_FD_TO_HANDLE = 0xC00C642E  # include/uapi/drm/drm.h
-
-
-@pytest.fixture
-def vgem() -> Iterator[Path]:
-    """The node of the kernel's virtual GPU, which leaves again if it was not there: compositors would render on it."""
-    loaded = Path("/sys/module/vgem").exists()
-    subprocess.run(["modprobe", "vgem"], check=True)
-    try:
-        cards = [card for card in Path("/sys/class/drm").glob("card*") if (card / "device").resolve().name == "vgem"]
-        assert len(cards) == 1, f"nodes of vgem: {cards}"
-        node = Path("/dev/dri", cards[0].name)
-        subprocess.run(["udevadm", "wait", "--timeout=30", str(node)], check=True)
-        yield node
-    finally:
-        if not loaded:
-            subprocess.run(["modprobe", "--remove", "vgem"], check=True)
 
 
 def test_bufinfo_and_descriptors(device: OwnedFd) -> None:
@@ -71,8 +50,7 @@ def test_attached_device(device: OwnedFd, vgem: Path) -> None:
         dmabuf.set_name(dma_buf.fileno(), "x\n\tAttached Devices:\n\tnobody")
         inode = dmabuf.inode(dma_buf.fileno())
         assert witness.bufinfo()[inode].devices == ()
-        argument = bytearray(struct.pack("=IIi", 0, 0, dma_buf.fileno()))
-        fcntl.ioctl(card, DRM_IOCTL_PRIME_FD_TO_HANDLE, argument)
+        prime_import(card.fileno(), dma_buf)
         entry = witness.bufinfo()[inode]
         assert entry.devices == ("vgem",)
         assert entry.name == "x\n\tAttached Devices:\n\tnobody"

@@ -9,6 +9,7 @@ import fcntl
 import mmap
 import os
 import pickle
+import socket
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def knows_noexec_seal() -> bool:
     return True
 
 
-def first_hole(fd: int) -> int:
+def hole_from_the_beginning(fd: int) -> int:
     """Offset of the first byte that is not up to date: SEEK_HOLE takes a page for data only once it is (mm/filemap.c,
     folio_seek_hole_data), so that it tells one fallocate from two."""
     return os.lseek(fd, 0, os.SEEK_HOLE)
@@ -153,11 +154,13 @@ def test_populated_means_up_to_date(pages: int) -> None:
     with memfd.create("once", size) as once:
         os.posix_fallocate(once.fileno(), 0, size)
         assert os.fstat(once.fileno()).st_blocks * 512 == size
-        assert first_hole(once.fileno()) == 0, "one fallocate is enough on this kernel: this test proves nothing"
+        assert hole_from_the_beginning(once.fileno()) == 0, (
+            "one fallocate is enough on this kernel: this test proves nothing"
+        )
     with memfd.create("populated", size) as fd:
         memfd.populate(fd.fileno(), size)
         assert os.fstat(fd.fileno()).st_blocks * 512 == size
-        assert first_hole(fd.fileno()) == size
+        assert hole_from_the_beginning(fd.fileno()) == size
         assert os.pread(fd.fileno(), size, 0) == bytes(size)
 
 
@@ -195,3 +198,102 @@ def test_populate_lets_other_threads_run() -> None:
 
     assert lets_others_run(populate)
     assert not lets_others_run(lambda: ctypes.PyDLL(None).usleep(100_000), attempts=1)
+
+
+def test_populate_from_an_offset() -> None:
+    """These bytes and no others, and each of several ranges."""
+    with memfd.create("offset", 8 * PAGE) as fd:
+        memfd.populate(fd.fileno(), 2 * PAGE, 3 * PAGE)
+        assert os.fstat(fd.fileno()).st_blocks * 512 == 2 * PAGE
+        assert [memfd.first_hole(fd.fileno(), page * PAGE, PAGE) for page in (2, 3, 4, 5)] == [
+            2 * PAGE,
+            None,
+            None,
+            5 * PAGE,
+        ]
+        memfd.populate_ranges(fd.fileno(), [(0, PAGE), (7 * PAGE, PAGE)])
+        assert [memfd.first_hole(fd.fileno(), page * PAGE, PAGE) is None for page in range(8)] == [
+            page in (0, 3, 4, 7) for page in range(8)
+        ]
+
+
+def test_first_hole() -> None:
+    """Where a page is missing, was punched, or only allocated; the position stays, also after an error."""
+    with memfd.create("holes", 8 * PAGE) as fd:
+        os.pwrite(fd.fileno(), bytes(4 * PAGE), 0)
+        os.lseek(fd.fileno(), 123, os.SEEK_SET)
+        assert memfd.first_hole(fd.fileno(), 0, 4 * PAGE) is None
+        assert memfd.first_hole(fd.fileno(), 0, 5 * PAGE) == 4 * PAGE
+        assert memfd.first_hole(fd.fileno(), 6 * PAGE, PAGE) == 6 * PAGE
+        os.posix_fallocate(fd.fileno(), 4 * PAGE, 4 * PAGE)
+        assert memfd.first_hole(fd.fileno(), 0, 8 * PAGE) == 4 * PAGE
+        memfd.populate(fd.fileno(), 8 * PAGE)
+        assert memfd.first_hole(fd.fileno(), 0, 8 * PAGE) is None, "the end of the file is no hole in it"
+        punch(fd.fileno(), 2 * PAGE, PAGE)
+        assert memfd.first_hole(fd.fileno(), PAGE, 7 * PAGE) == 2 * PAGE
+        with pytest.raises(OSError) as caught:
+            memfd.first_hole(fd.fileno(), 8 * PAGE, PAGE)
+        assert caught.value.errno == errno.ENXIO
+        assert os.lseek(fd.fileno(), 0, os.SEEK_CUR) == 123
+
+
+def punch(fd: int, offset: int, size: int) -> None:
+    """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+    assert libc.fallocate(fd, 3, offset, size) == 0, os.strerror(ctypes.get_errno())
+
+
+def test_reopen() -> None:
+    """The same file with the same seals, another open file: readable and writable, with a position of its own."""
+    with memfd.create("first", PAGE) as fd, memfd.reopen(fd.fileno()) as other:
+        os.pwrite(fd.fileno(), b"seen", 0)
+        assert os.read(other.fileno(), 4) == b"seen"
+        assert os.lseek(fd.fileno(), 0, os.SEEK_CUR) == 0, "a duplicate would share the position"
+        assert fcntl.fcntl(other.fileno(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        memfd.add_seals(other.fileno(), memfd.F_SEAL_SHRINK)
+        assert memfd.get_seals(fd.fileno()) & memfd.F_SEAL_SHRINK
+    with pytest.raises(FileNotFoundError):
+        memfd.reopen(1_000_000)
+
+
+def test_proof() -> None:
+    """Busy while the memfd is mapped, free after, and asked again still free; other errors arrive as they are."""
+    with memfd.create("proved", PAGE) as fd:
+        with mmap.mmap(fd.fileno(), PAGE):
+            assert memfd.prove_free(fd.fileno()) is False
+            assert not memfd.get_seals(fd.fileno()) & memfd.F_SEAL_WRITE
+        with memfd.reopen(fd.fileno()):
+            assert memfd.prove_free(fd.fileno()) is True, "an open file alone has no pages"
+        assert memfd.get_seals(fd.fileno()) & memfd.F_SEAL_WRITE
+        assert memfd.prove_free(fd.fileno()) is True
+    with memfd.create("sealed", PAGE) as fd:
+        memfd.add_seals(fd.fileno(), memfd.F_SEAL_SEAL)
+        with pytest.raises(PermissionError):
+            memfd.prove_free(fd.fileno())
+    with open("/dev/null", "r+b", buffering=0) as null, pytest.raises(OSError) as caught:
+        memfd.prove_free(null.fileno())
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_proof_collects_sockets_in_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Busy, and then not, is free: a socket was made and closed in between, and only then."""
+    answers: list[OSError | None] = []
+    closed: list[bool] = []
+    real = socket.socketpair
+
+    def answer(fd: int, seals: int) -> None:
+        if (error := answers.pop(0)) is not None:
+            raise error
+
+    def pair() -> tuple[socket.socket, socket.socket]:
+        closed.append(True)
+        return real()
+
+    monkeypatch.setattr(memfd, "add_seals", answer)
+    monkeypatch.setattr(socket, "socketpair", pair)
+    busy = OSError(errno.EBUSY, "busy")
+    for script, expected, pairs in (([None], True, 0), ([busy, None], True, 1), ([busy, busy], False, 1)):
+        answers[:], closed[:] = script, []
+        assert memfd.prove_free(5) is expected
+        assert (answers, len(closed)) == ([], pairs)

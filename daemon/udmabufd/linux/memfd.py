@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""memfds: creation, population, seals (memfd_create(2), fallocate(2), F_ADD_SEALS in fcntl(2)).
+"""memfds: creation, population, holes, seals (memfd_create(2), fallocate(2), lseek(2), F_ADD_SEALS in fcntl(2)).
 
 Which seals a buffer gets, and when it must be populated, is left to the caller; see populate() for why it must be.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
+from collections.abc import Iterable
 from typing import Final
 
 from udmabufd.linux.errors import HintedOSError
@@ -55,8 +57,18 @@ def create(name: str, size: int, *, huge_page: int = 0) -> OwnedFd:
     return fd
 
 
-def populate(fd: int, size: int) -> None:
-    """Allocate, zero, mark up to date and dirty every page in the first `size` bytes of the memfd `fd`.
+def reopen(fd: int) -> OwnedFd:
+    """Return a second open file of the memfd `fd`, read-write and close-on-exec.
+
+    Unlike a duplicate it has a position and a lifetime of its own, and kcmp(2), by which the service manager tells
+    files apart, says that it is another. Raises OSError: EACCES if the memfd's mode does not allow it, EMFILE, ENOENT
+    without /proc.
+    """
+    return OwnedFd(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
+
+
+def populate(fd: int, size: int, offset: int = 0) -> None:
+    """Allocate, zero, mark up to date and dirty every page in `size` bytes from `offset` of the memfd `fd`.
 
     To be done before UDMABUF_CREATE, always, and never by a single fallocate:
 
@@ -77,13 +89,34 @@ def populate(fd: int, size: int) -> None:
     is closed or truncated); EPERM beyond the end of a memfd with F_SEAL_GROW, or with F_SEAL_WRITE.
     """
     try:
-        os.posix_fallocate(fd, 0, size)
-        os.posix_fallocate(fd, 0, size)
+        os.posix_fallocate(fd, offset, size)
+        os.posix_fallocate(fd, offset, size)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM):
             hint = f"no memory for {size} bytes; free some, or add huge pages if the memfd is made of them"
             raise HintedOSError(error.errno, "fallocate", hint) from error
         raise
+
+
+def populate_ranges(fd: int, ranges: Iterable[tuple[int, int]]) -> None:
+    """Populate each of `ranges`, pairs of offset and size in bytes. Raises OSError as populate() does."""
+    for offset, size in ranges:
+        populate(fd, size, offset)
+
+
+def first_hole(fd: int, offset: int, size: int) -> int | None:
+    """Return where in `size` bytes from `offset` of the memfd `fd` the first page is that holds no data, or None.
+
+    A page that one fallocate has allocated is such a hole, one that is swapped out is none. Memfds of huge pages show
+    no holes. Waits for whoever has the file locked, such as a long fallocate of another process: for a worker thread.
+    The file position, shared with all duplicates, is as before afterwards. Raises OSError: ENXIO beyond the end.
+    """
+    position = os.lseek(fd, 0, os.SEEK_CUR)
+    try:
+        hole = os.lseek(fd, offset, os.SEEK_HOLE)
+    finally:
+        os.lseek(fd, position, os.SEEK_SET)
+    return hole if hole < offset + size else None
 
 
 def add_seals(fd: int, seals: int) -> None:
@@ -99,6 +132,35 @@ def add_seals(fd: int, seals: int) -> None:
 def get_seals(fd: int) -> int:
     """Return the seals of the memfd `fd`, a union of F_SEAL_*. Raises OSError: EINVAL if it is no memfd."""
     return fcntl.fcntl(fd, F_GET_SEALS)
+
+
+def prove_free(fd: int) -> bool:
+    """Seal the memfd `fd` against writing, which succeeds only when nothing has a reference to its pages any more.
+
+    True is the proof that no dma-buf of it, descriptor in flight, mapping, importer, pipe or O_PATH descriptor of such
+    a dma-buf is left in the whole machine, and stays true: the seal forbids new ones. False says that something is
+    left, not what, and has changed nothing. To be asked by the memfd's owner after closing its own dma-buf.
+
+    Blocks up to 400 ms, while others wait to write to the file: for a worker thread. Raises OSError: EPERM if `fd`
+    is sealed against seals or not open for writing, EINVAL if it is no memfd.
+    """
+    if _seal_if_free(fd):
+        return True
+    # A descriptor in flight between sockets that nobody can reach any more stays until the kernel collects such
+    # cycles, which it does when some socket is closed (unix_gc, net/unix/garbage.c).
+    for end in socket.socketpair():
+        end.close()
+    return _seal_if_free(fd)
+
+
+def _seal_if_free(fd: int) -> bool:
+    try:
+        add_seals(fd, F_SEAL_WRITE)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def _memfd_create(name: str, flags: int) -> int:

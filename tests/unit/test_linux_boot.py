@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""linux.boot: command lines and configurations as kernels have them."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from udmabufd.linux import boot
+
+ON, OFF = "CONFIG_INIT_ON_ALLOC_DEFAULT_ON=y\n", "# CONFIG_INIT_ON_ALLOC_DEFAULT_ON is not set\n"
+
+
+def config(path: Path, text: str) -> Path:
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def zeroed(tmp_path: Path, cmdline: str, *configs: Path) -> bool:
+    file = tmp_path / "cmdline"
+    file.write_text(f"{cmdline}\n")
+    return boot.zeroed_at_allocation(file, configs)
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "with_on", "with_off"),
+    [
+        ("quiet splash", True, False),
+        ("", True, False),
+        ("quiet init_on_alloc=0", False, False),
+        ("init_on_alloc=1 quiet", True, True),
+        ("init_on_alloc=on", True, True),
+        ("init_on_alloc=OFF", False, False),
+        ("init_on_alloc=N", False, False),
+        ("init_on_alloc=Yes", True, True),
+        ("init-on-alloc=1", True, True),
+        ('"init_on_alloc=1" quiet', True, True),
+        ('init_on_alloc="0"', False, False),
+        # The last counts.
+        ("init_on_alloc=0 init_on_alloc=1", True, True),
+        ("init_on_alloc=1 init_on_alloc=0", False, False),
+        # Not this parameter, or not a value.
+        ("init_on_alloc", True, False),
+        ("init_on_alloc=", True, False),
+        ("init_on_alloc=x", True, False),
+        ("init_on_alloc=1 init_on_alloc=x", True, True),
+        ("init_on_free=1", True, False),
+        ("xinit_on_alloc=1", True, False),
+        ('dyndbg="file a init_on_alloc=1"', True, False),
+        ("quiet -- init_on_alloc=1", True, False),
+        # Pages are filled with a pattern instead.
+        ("init_on_alloc=1 page_poison=1", False, False),
+        ("init_on_alloc=1 page_poison=0", True, True),
+    ],
+)
+def test_command_lines(tmp_path: Path, cmdline: str, with_on: bool, with_off: bool) -> None:
+    """The parameter, else the configuration."""
+    assert zeroed(tmp_path, cmdline, config(tmp_path / "on", ON)) is with_on
+    assert zeroed(tmp_path, cmdline, config(tmp_path / "off", OFF)) is with_off
+
+
+def test_configurations(tmp_path: Path) -> None:
+    """The first that can be read decides; compressed ones are read; without any, nothing is known."""
+    on, off = config(tmp_path / "on", ON), config(tmp_path / "off.gz", f"CONFIG_A=m\n{OFF}")
+    packed = config(tmp_path / "on.gz", f"CONFIG_A=m\n{ON}CONFIG_B=y\n")
+    missing, broken = tmp_path / "missing", tmp_path / "broken.gz"
+    broken.write_bytes(b"no archive")
+    assert zeroed(tmp_path, "", missing, broken, on, off) is True
+    assert zeroed(tmp_path, "", missing, off, on) is False
+    assert zeroed(tmp_path, "", packed) is True
+    assert zeroed(tmp_path, "", config(tmp_path / "old", "CONFIG_A=y\n"), on) is False
+    assert zeroed(tmp_path, "", config(tmp_path / "other", f"X{ON}"), packed) is False
+    assert zeroed(tmp_path, "", missing, broken) is False
+    assert zeroed(tmp_path, "") is False
+    truncated = tmp_path / "truncated.gz"
+    truncated.write_bytes(packed.read_bytes()[:-12])
+    assert zeroed(tmp_path, "", truncated) is False
+
+
+def test_no_command_line(tmp_path: Path) -> None:
+    """A parameter that cannot be seen might say no."""
+    assert boot.zeroed_at_allocation(tmp_path / "missing", [config(tmp_path / "on", ON)]) is False
+
+
+def test_this_kernel() -> None:
+    """Some answer comes from the files of the machine at hand."""
+    assert boot.zeroed_at_allocation() in (True, False)
