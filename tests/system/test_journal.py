@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udmabufd.system.journal import JournalHandler, encode
+from udmabufd.system.journal import FIELDS, JournalHandler, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,6 +114,15 @@ def test_fields(journald: Journald, logger: logging.Logger) -> None:
         "UDMABUFD_UID": "1000",
         "UDMABUFD_CLIENT": ":1.42",
     }
+
+
+def test_fields_of_an_event(journald: Journald, logger: logging.Logger) -> None:
+    values = {key: f"{key}=\n1" for key in FIELDS}
+    logger.info("x", extra=values)
+    (entry,) = journald.entries()
+    assert {FIELDS[key]: value for key, value in values.items()}.items() <= entry.items()
+    assert set(FIELDS.values()) <= entry.keys()
+    assert FIELDS["message_id"] == "MESSAGE_ID"
 
 
 def test_root_and_no_user_differ(journald: Journald, logger: logging.Logger) -> None:

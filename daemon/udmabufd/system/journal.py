@@ -19,11 +19,24 @@ from typing import Final
 SOCKET: Final = "/run/systemd/journal/socket"
 
 FIELDS: Final[dict[str, str]] = {
+    "message_id": "MESSAGE_ID",
+    "application": "UDMABUFD_APPLICATION",
     "buffer": "UDMABUFD_BUFFER",
-    "uid": "UDMABUFD_UID",
     "client": "UDMABUFD_CLIENT",
+    "count": "UDMABUFD_COUNT",
+    "error": "UDMABUFD_ERROR",
+    "holders": "UDMABUFD_HOLDERS",
+    "limit": "UDMABUFD_LIMIT",
+    "maximum": "UDMABUFD_MAXIMUM",
+    "member": "UDMABUFD_MEMBER",
+    "present": "UDMABUFD_PRESENT",
+    "reason": "UDMABUFD_REASON",
+    "seconds": "UDMABUFD_SECONDS",
+    "size": "UDMABUFD_SIZE",
+    "suppressed": "UDMABUFD_SUPPRESSED",
+    "uid": "UDMABUFD_UID",
 }
-"""Key of a log call's `extra=` -> field of the journal: buffer id, numeric uid, unique name of the connection."""
+"""Key of a log call's `extra=` -> field of the journal. A key that is absent or None makes no field."""
 
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
