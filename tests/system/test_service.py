@@ -13,11 +13,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from tests.bus.peer import Peer, plain
+from udmabufd.core.limits import Limits
 from udmabufd.system.journal import JournalHandler
+from udmabufd.system.store_capacity import check_capacity
 from udmabufd_base.errors import BusError, RemoteError
 from udmabufd_client.contract import ERROR_PREFIX, OBJECT_PATH
 
@@ -77,6 +80,54 @@ def test_the_service_runs_as_its_own_user_without_rights() -> None:
     assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
     assert status["NoNewPrivs"].strip() == "1"
     assert status["Seccomp"].strip() == "2"
+
+
+def test_it_has_room_for_what_it_may_have_to_keep() -> None:
+    pid = show("MainPID")
+    environ = dict(
+        entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in entry
+    )
+    assert environ["FDSTORE"] == show("FileDescriptorStoreMax")
+    limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    (open_files,) = (line.split()[3:5] for line in limits if line.startswith("Max open files"))
+    assert open_files == [show("LimitNOFILE")] * 2
+    check_capacity(Limits().max_buffers, environ, int(open_files[1]))
+
+
+def test_its_memory_is_limited_by_a_slice_of_its_own() -> None:
+    assert show("ControlGroup") == "/udmabufd.slice/udmabufd.service"
+    group = Path("/sys/fs/cgroup/udmabufd.slice")
+    total = next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal:")
+    )
+    assert int((group / "memory.max").read_text()) == pytest.approx(total / 2, rel=0.01)
+    assert (group / "udmabufd.service/memory.max").read_text().strip() == "max"
+    assert show("OOMPolicy") == "continue"
+
+
+def test_the_service_sees_which_application_a_process_is_of() -> None:
+    # A process of another user, as the service's user sees it from inside the sandbox.
+    inside = ("nsenter", "--mount", "--target", show("MainPID"), "setpriv", "--reuid=udmabufd", "--clear-groups")
+    shown = run(*inside, "cat", "/proc/1/cgroup")
+    assert shown == Path("/proc/1/cgroup").read_text()
+
+
+@pytest.mark.usefixtures("restarted_afterwards")
+@pytest.mark.parametrize("number", ["KILL", "TERM"])
+async def test_whatever_ends_it_it_is_started_again(number: str) -> None:
+    # However often.
+    assert show("StartLimitIntervalUSec") == "0"
+    pid = show("MainPID")
+    run("systemctl", "kill", "--kill-whom=main", f"--signal={number}", UNIT)
+
+    async def again() -> bool:
+        return show("MainPID") not in ("0", pid) and show("ActiveState") == "active"
+
+    await until(again)
+    async with connected() as peer:
+        assert await peer.get("Version") == 1
 
 
 def test_systemd_was_told_a_status() -> None:
@@ -199,6 +250,24 @@ async def test_the_real_journal_takes_large_records_and_their_fields() -> None:
         return bool(shown) and json.loads(shown)["MESSAGE"] == text and json.loads(shown)["UDMABUFD_UID"] == "4711"
 
     await until(found)
+
+
+def test_the_journal_explains_what_the_service_says() -> None:
+    catalog = Path("/usr/lib/systemd/catalog/udmabufd.catalog").read_text().splitlines()
+    entries = {line.split()[1] for line in catalog if line.startswith("-- ")}
+    assert entries
+    # The installation for this machine was made elsewhere, where there is no catalog to bring up to date.
+    run("journalctl", "--update-catalog")
+    listed = {line.split()[0] for line in run("journalctl", "--list-catalog", *sorted(entries)).splitlines()}
+    assert listed == entries
+
+
+def test_polkit_knows_the_actions() -> None:
+    policy = ElementTree.parse("/usr/share/polkit-1/actions/org.udmabufd.policy")
+    actions = [element.get("id", "") for element in policy.iter("action")]
+    assert actions
+    for action in actions:
+        assert action in run("pkaction", "--action-id", action)
 
 
 async def test_a_user_that_the_administrator_denies_is_refused() -> None:

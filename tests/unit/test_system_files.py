@@ -14,24 +14,26 @@ import pytest
 
 from tests.unit.tools import TOP, needed
 from udmabufd.config import OPTIONS
+from udmabufd.system.store_capacity import SPARE_FDS, check_capacity, stored_fds
 from udmabufd_client import contract
 
 SYSTEMD = TOP / "systemd"
 UNIT = SYSTEMD / "udmabufd.service.in"
+SLICE = SYSTEMD / "udmabufd.slice"
 POLICY = SYSTEMD / "dbus/org.udmabufd.Allocator1.conf"
 
-EXPOSURE_LIMIT = 13
-"""Of systemd-analyze security, times ten."""
+EXPOSURE_LIMIT = 14
+"""Of systemd-analyze security, times ten. ProtectProc=default is two of it: the daemon reads its callers' cgroups."""
 
 
-def keys(text: str) -> dict[str, list[str]]:
-    """Return the settings of [Service] with all their values, in order."""
+def keys(text: str, section: str = "[Service]") -> dict[str, list[str]]:
+    """Return the settings of a section with all their values, in order."""
     found: dict[str, list[str]] = {}
-    section = ""
+    at = ""
     for line in text.splitlines():
         if line.startswith("["):
-            section = line
-        elif section == "[Service]" and line and not line.startswith("#"):
+            at = line
+        elif at == section and line and not line.startswith("#"):
             key, _, value = line.partition("=")
             found.setdefault(key, []).append(value)
     return found
@@ -44,6 +46,7 @@ def unit(tmp_path: Path) -> Path:
     executable.parent.mkdir(parents=True)
     executable.write_text("#!/bin/sh\n")
     executable.chmod(0o755)
+    (tmp_path / SLICE.name).write_text(SLICE.read_text())
     rendered = tmp_path / "udmabufd.service"
     rendered.write_text(UNIT.read_text().replace("@PREFIX@", str(tmp_path)))
     return rendered
@@ -51,7 +54,10 @@ def unit(tmp_path: Path) -> Path:
 
 def test_systemd_finds_no_fault_in_the_unit(unit: Path) -> None:
     done = subprocess.run(
-        [needed("systemd-analyze"), "verify", "--man=no", unit], capture_output=True, text=True, check=False
+        [needed("systemd-analyze"), "verify", "--man=no", unit, unit.with_name(SLICE.name)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout + done.stderr == ""
     assert done.returncode == 0
@@ -74,14 +80,36 @@ def test_the_unit_can_serve_what_the_configuration_allows() -> None:
     settings = keys(UNIT.read_text())
     (max_buffers,) = (option.default for option in OPTIONS if option.key == "max_buffers")
     assert isinstance(max_buffers, int)
-    # A dma-buf and a memfd each, and slack.
-    assert int(settings["LimitNOFILE"][0]) >= 2 * max_buffers + 1024
+    # Neither a number too few, at which the daemon refuses to start, nor one that says something else than it needs.
+    assert settings["FileDescriptorStoreMax"] == [str(stored_fds(max_buffers))]
+    assert settings["LimitNOFILE"] == [str(stored_fds(max_buffers) + SPARE_FDS)]
+    check_capacity(max_buffers, {"FDSTORE": settings["FileDescriptorStoreMax"][0]}, int(settings["LimitNOFILE"][0]))
     # /proc/meminfo and /proc/cmdline, /dev/udmabuf, udev's events.
     assert "ProcSubset" not in settings
     assert settings["DeviceAllow"] == ["char-misc r"]
     assert settings["DevicePolicy"] == ["closed"]
     assert not {"PrivateDevices", "PrivateNetwork", "PrivateUsers"} & settings.keys()
     assert settings["RestrictAddressFamilies"] == ["AF_UNIX AF_NETLINK"]
+    # /proc/PID/cgroup of its callers.
+    assert settings["ProtectProc"] == ["default"]
+
+
+def test_the_unit_gives_nothing_up_that_is_stored() -> None:
+    text = UNIT.read_text()
+    settings = keys(text)
+    # A service that systemd gives up loses its store.
+    assert keys(text, "[Unit]")["StartLimitIntervalSec"] == ["0"]
+    assert settings["Restart"] == ["always"]
+    assert not settings.keys() & {"RestartPreventExitStatus", "SuccessExitStatus", "FileDescriptorStorePreserve"}
+    # A child that fills memory is killed, and the service goes on.
+    assert settings["OOMPolicy"] == ["continue"]
+
+
+def test_the_limit_of_memory_is_the_slices() -> None:
+    assert keys(UNIT.read_text())["Slice"] == [SLICE.name]
+    assert keys(SLICE.read_text(), "[Slice]") == {"MemoryAccounting": ["yes"], "MemoryMax": ["50%"]}
+    # In the service's own cgroup, which is made anew at each start, it would not count what survived one.
+    assert not [key for key in keys(UNIT.read_text()) if key.startswith("Memory") and key.endswith(("Max", "High"))]
 
 
 def test_names_agree() -> None:
@@ -120,7 +148,13 @@ def test_the_policy_allows_each_member_and_no_other() -> None:
         assert all(rule.tag == "allow" for rule in element)
         rules["=".join(who)] = [dict(rule.items()) for rule in element]
     assert rules.keys() == {"user=udmabufd", "context=default", "user=root"}
-    assert rules["user=udmabufd"] == [{"own": contract.BUS_NAME}]
+    # How many descriptors the bus holds for a client that does not read its replies.
+    stats = {
+        "send_destination": "org.freedesktop.DBus",
+        "send_interface": "org.freedesktop.DBus.Debug.Stats",
+        "send_member": "GetConnectionStats",
+    }
+    assert rules["user=udmabufd"] == [{"own": contract.BUS_NAME}, stats]
 
     def allowed(who: str) -> list[tuple[str, str]]:
         for rule in rules[who]:

@@ -17,6 +17,8 @@ import pytest
 from tests.unit.tools import TOP, needed
 from udmabufd.__main__ import make_parser as daemon_parser
 from udmabufd.config import OPTIONS
+from udmabufd.core.events import FIELDS, Event
+from udmabufd.system import journal
 from udmabufd_client import contract
 from udmabufd_client.cli import make_parser as ctl_parser
 
@@ -124,7 +126,12 @@ def test_the_configuration_file_is_the_defaults(pages: Path) -> None:
 
 def test_each_member_key_and_error_is_in_the_page(pages: Path) -> None:
     shown = text(pages / "org.udmabufd.Allocator1.5")
-    for name in (contract.ALLOCATOR_INTERFACE, contract.BUFFER_INTERFACE, contract.LOG_CONTROL_INTERFACE):
+    for name in (
+        contract.ALLOCATOR_INTERFACE,
+        contract.BUFFER_INTERFACE,
+        contract.ADMIN_INTERFACE,
+        contract.LOG_CONTROL_INTERFACE,
+    ):
         (interface,) = ElementTree.fromstring(contract.interface_xml(name)).iter("interface")
         assert f"of {name}" in shown
         for member in interface:
@@ -142,11 +149,43 @@ def test_each_member_key_and_error_is_in_the_page(pages: Path) -> None:
             else:
                 assert f"{member.get('name')}(" in shown
             assert all(part in shown for part in (*arguments, *docs))
-    for table in (contract.SPEC_KEYS, contract.INFO_KEYS, contract.LIST_KEYS, contract.GET_FD_KEYS):
+    for table in (
+        contract.SPEC_KEYS,
+        contract.WRAP_KEYS,
+        contract.INFO_KEYS,
+        contract.LIST_KEYS,
+        contract.GET_FD_KEYS,
+        contract.USAGE_KEYS,
+        contract.RECOVER_KEYS,
+        contract.RECOVERED_KEYS,
+    ):
         for key, described in table.items():
             assert f"{key} {described.type} {described.meaning}" in shown
     for error in contract.ErrorName:
         assert f"{contract.ERROR_PREFIX}{error} {contract.ERROR_MEANINGS[error]}" in shown
+
+
+def test_each_section_that_the_interfaces_point_to_is_there(pages: Path) -> None:
+    page = (pages / "org.udmabufd.Allocator1.5").read_text()
+    titles = set(re.findall(r'^\.SH "(.*)"$', page, flags=re.MULTILINE))
+    seen = set()
+    for path in (TOP / "systemd/interfaces").glob("org.udmabufd.*.xml"):
+        seen |= set(re.findall(r"See ([A-Z]+ KEYS)|see ([A-Z]+ KEYS)", path.read_text()))
+    wanted = {title for pair in seen for title in pair if title}
+    assert {"SPEC KEYS", "WRAPMEMFD KEYS", "INFO KEYS", "LIST KEYS", "USAGE KEYS", "RECOVER KEYS"} <= wanted
+    assert wanted <= titles
+
+
+def test_each_event_and_field_of_the_journal_is_in_the_page(pages: Path) -> None:
+    shown = text(pages / "udmabufd.8")
+    for event in Event:
+        assert f"{event.message_id} {event.subject}." in shown
+    for name in FIELDS:
+        assert f"{journal.FIELDS[name]} " in shown
+    # Those that the prose names are there, too.
+    page = (TOP / "systemd/man/udmabufd.8.md").read_text()
+    assert set(re.findall(r"\b[0-9a-f]{32}\b", page)) == {Event.OUT_OF_MEMORY.message_id}
+    assert set(re.findall(r"\bUDMABUFD_[A-Z]+(?!\w)", page)) <= set(journal.FIELDS.values())
 
 
 def test_an_unknown_part_of_a_page_is_an_error(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ is said, and when, is left to the callers.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import socket
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
+
+from udmabufd.system import notify_socket
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -37,14 +38,11 @@ class Notifier:
         self._socket: socket.socket | None = None
         self._waiting: deque[bytes] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
-        if address is None:
-            return
-        if address[:1] not in ("/", "@") or len(address) < 2 or "\0" in address:
-            raise ValueError(f"NOTIFY_SOCKET is neither an absolute path nor an abstract name: {address!r}")
-        self._address = os.fsencode(address)
-        if self._address.startswith(b"@"):
-            self._address = b"\0" + self._address[1:]
-        self._connect()
+        self.address: str | None = address
+        """As $NOTIFY_SOCKET had it, for others who talk to the service manager: None when there is nobody."""
+        if address is not None:
+            self._address = notify_socket.encoded(address)
+            self._connect()
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str] | None = None) -> Notifier:
@@ -103,12 +101,7 @@ class Notifier:
             self._socket = None
 
     def _connect(self) -> None:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        try:
-            connection.connect(self._address)
-        except OSError:
-            connection.close()
-            raise
+        connection = notify_socket.connect(self._address)
         if self._socket is not None:
             self._stop_writing()
             self._socket.close()
@@ -143,7 +136,7 @@ class Notifier:
                 return False
             except OSError as error:
                 # The socket may have been made anew under the same name since we connected.
-                if attempt == 1 and error.errno in (errno.ECONNREFUSED, errno.ENOTCONN, errno.ECONNRESET):
+                if attempt == 1 and error.errno in notify_socket.GONE:
                     try:
                         self._connect()
                     except OSError as again:
