@@ -8,10 +8,14 @@ import errno
 import threading
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from udmabufd.core.admission import Admission
+from udmabufd.core.allocator import Populate
 from udmabufd.core.buffer import Holder
+from udmabufd.core.custody import Custody
 from udmabufd.core.errors import (
     AllocatorError,
     InvalidSpec,
@@ -22,18 +26,24 @@ from udmabufd.core.errors import (
     QuotaExceeded,
     UdmabufUnavailable,
 )
-from udmabufd.core.ledger import Ledger
+from udmabufd.core.identity import Identity
+from udmabufd.core.ledger import Ledger, Owner, Resource
 from udmabufd.core.limits import Limits
+from udmabufd.core.maker import Maker
 from udmabufd.core.memfd_allocator import MemfdAllocator
 from udmabufd.core.memory import Memory
 from udmabufd.core.pool import Pool
 from udmabufd.core.service import Grant, Service
 from udmabufd.core.spec import PAGE_SIZE, Request
+from udmabufd.core.store import NoStore
+from udmabufd.core.udmabuf_allocator import UdmabufAllocator
 from udmabufd.core.workers import Workers
+from udmabufd.linux import memfd
+from udmabufd.linux.headroom import Room
 from udmabufd_client.contract import Kind, State
 
 SPEC = {"size": PAGE_SIZE, "kind": "memfd"}
-ALICE, BOB = 1000, 1001
+ALICE, BOB = Owner(1000, ""), Owner(1001, "")
 
 
 class Scripted(MemfdAllocator):
@@ -51,34 +61,46 @@ class Scripted(MemfdAllocator):
     def match(self, request: Request) -> AllocatorError | None:
         return self.refusal
 
-    def allocate(self, request: Request, name: str) -> Memory:
+    def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         self.waiting.set()
         assert self.gate.wait(10)
         if self.failures and (failure := self.failures.pop(0)):
             raise failure
-        self.made.append(super().allocate(request, name))
+        self.made.append(super().allocate(request, name, populate))
         return self.made[-1]
 
     @property
     def all_closed(self) -> bool:
-        return all(memory.memfd.closed for memory in self.made)
+        return all(memory.memfd is not None and memory.memfd.closed for memory in self.made)
 
 
 class World:
-    """A service with small limits, and its parts."""
+    """A service with small limits, and its parts; without a store."""
 
     def __init__(self) -> None:
         self.limits = Limits(max_bytes_per_user=8 * PAGE_SIZE, max_buffers_per_user=4, max_buffers=6)
         self.ledger = Ledger(self.limits, time.monotonic)
         self.allocator = Scripted()
         self.workers = Workers()
-        self.service = Service(self.limits, self.ledger, Pool([self.allocator]), self.workers)
+        store = NoStore()
+        self.custody = Custody(self.ledger, self.limits.max_buffers, store, self.workers, self.workers, {})
+        self.room = Room(1 << 40, "memory.max of udmabufd.slice", 1 << 40, 0)
+        admission = Admission(lambda: self.room, lambda: 1 << 20)
+        self.service = Service(
+            self.limits,
+            self.ledger,
+            Pool([self.allocator]),
+            UdmabufAllocator(Path("/nonexistent"), Path("/nonexistent")),
+            self.custody,
+            Maker(self.custody, admission, store, self.workers),
+            Identity(),
+        )
         self.alice, self.bob = Holder(":1.1", ALICE), Holder(":1.2", BOB)
 
     def books(self) -> tuple[int, int, int, int]:
         """Bytes and buffers of alice, then of bob."""
-        a, b = self.ledger.account(ALICE), self.ledger.account(BOB)
-        return a.bytes, a.buffers, b.bytes, b.buffers
+        a, b = self.ledger.account(ALICE).amounts, self.ledger.account(BOB).amounts
+        return a[Resource.BYTES], a[Resource.BUFFERS], b[Resource.BYTES], b[Resource.BUFFERS]
 
     async def until_allocating(self) -> None:
         assert await asyncio.to_thread(self.allocator.waiting.wait, 10)
@@ -87,13 +109,20 @@ class World:
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
     world = World()
+    await world.custody.start()
+    world.custody.connected("bus", [])
     yield world
     world.allocator.gate.set()
-    await world.service.close()
-    world.workers.close()
+    world.service.drop(world.alice)
+    world.service.drop(world.bob)
+    await world.custody.settled()
     assert world.books() == (0, 0, 0, 0)
+    assert all(not world.ledger.total(resource) for resource in Resource)
     assert world.allocator.all_closed
     assert world.service.buffer_count == 0
+    assert not world.custody.lingering
+    await world.custody.close()
+    world.workers.close()
 
 
 def close(grants: list[Grant]) -> None:
@@ -139,8 +168,8 @@ async def test_a_count_out_of_range_names_count(world: World, count: int) -> Non
 async def test_the_limit_of_all_users_holds(world: World) -> None:
     close(await world.service.allocate(world.alice, SPEC, 4))
     close(await world.service.allocate(world.bob, SPEC, 2))
-    with pytest.raises(QuotaExceeded, match="holds 6 buffers"):
-        world.service.create(world.bob, SPEC)
+    with pytest.raises(QuotaExceeded, match="has 6 buffers of all users, its limit max_buffers"):
+        await world.service.create(world.bob, SPEC)
 
 
 async def test_a_caller_that_dies_while_its_memory_is_made_leaves_nothing(world: World) -> None:
@@ -151,7 +180,7 @@ async def test_a_caller_that_dies_while_its_memory_is_made_leaves_nothing(world:
     world.allocator.gate.set()
     with pytest.raises(NoSuchBuffer):
         await allocation
-    await world.service.settled()
+    await world.custody.settled()
     assert len(world.allocator.made) == 2
     assert world.allocator.all_closed
     assert world.books() == (0, 0, 0, 0)
@@ -165,7 +194,7 @@ async def test_one_of_many_released_while_they_are_made_undoes_all(world: World)
     world.allocator.gate.set()
     with pytest.raises(NoSuchBuffer):
         await allocation
-    await world.service.settled()
+    await world.custody.settled()
     assert world.allocator.all_closed
     assert world.books() == (0, 0, 0, 0)
 
@@ -173,7 +202,7 @@ async def test_one_of_many_released_while_they_are_made_undoes_all(world: World)
 async def test_an_empty_buffer_costs_a_buffer_and_no_bytes_until_the_first_fd(world: World) -> None:
     changes: list[tuple[str, ...]] = []
     world.service.changed = lambda _buffer, names: changes.append(names)
-    buffer = world.service.create(world.alice, SPEC)
+    buffer = await world.service.create(world.alice, SPEC)
     assert (buffer.state, world.books()) == (State.EMPTY, (0, 1, 0, 0))
     grants = await asyncio.gather(*(world.service.get_fd(world.alice, buffer.id) for _ in range(5)))
     close(grants)
@@ -183,7 +212,7 @@ async def test_an_empty_buffer_costs_a_buffer_and_no_bytes_until_the_first_fd(wo
 
 
 async def test_a_first_fd_that_fails_can_be_asked_for_again(world: World) -> None:
-    buffer = world.service.create(world.alice, SPEC)
+    buffer = await world.service.create(world.alice, SPEC)
     world.allocator.failures = [OSError(errno.ENOSPC, "")]
     with pytest.raises(OutOfMemory):
         await world.service.get_fd(world.alice, buffer.id)
@@ -193,7 +222,7 @@ async def test_a_first_fd_that_fails_can_be_asked_for_again(world: World) -> Non
 
 
 async def test_a_buffer_released_while_its_first_fd_is_made_ends(world: World) -> None:
-    buffer = world.service.create(world.alice, SPEC)
+    buffer = await world.service.create(world.alice, SPEC)
     world.allocator.gate.clear()
     asking = [asyncio.create_task(world.service.get_fd(world.alice, buffer.id)) for _ in range(2)]
     await world.until_allocating()
@@ -202,16 +231,16 @@ async def test_a_buffer_released_while_its_first_fd_is_made_ends(world: World) -
     for task in asking:
         with pytest.raises(NoSuchBuffer):
             await task
-    await world.service.settled()
+    await world.custody.settled()
     assert world.books() == (0, 0, 0, 0)
 
 
 async def test_a_ticket_shares_and_each_holder_releases_for_itself(world: World) -> None:
-    buffer = world.service.create(world.alice, SPEC)
+    buffer = await world.service.create(world.alice, SPEC)
     with pytest.raises(NoSuchBuffer):
         world.service.get(world.bob, buffer.id)
-    assert world.service.import_ticket(world.bob, buffer.ticket) is buffer
-    assert world.service.import_ticket(world.bob, buffer.ticket) is buffer
+    assert await world.service.import_ticket(world.bob, buffer.ticket) is buffer
+    assert await world.service.import_ticket(world.bob, buffer.ticket) is buffer
     assert world.books() == (0, 1, 0, 1)
     world.service.drop(world.alice)
     (await world.service.get_fd(world.bob, buffer.id)).fd.close()
@@ -220,22 +249,22 @@ async def test_a_ticket_shares_and_each_holder_releases_for_itself(world: World)
     assert world.service.get(world.bob, buffer.id) is buffer
     await world.service.release(world.bob, buffer.id)
     with pytest.raises(NoSuchBuffer):
-        world.service.import_ticket(world.bob, buffer.ticket)
+        await world.service.import_ticket(world.bob, buffer.ticket)
 
 
 async def test_an_import_counts_against_the_importer(world: World) -> None:
     for _ in range(4):
-        world.service.create(world.bob, SPEC)
-    buffer = world.service.create(world.alice, SPEC)
+        await world.service.create(world.bob, SPEC)
+    buffer = await world.service.create(world.alice, SPEC)
     with pytest.raises(QuotaExceeded):
-        world.service.import_ticket(world.bob, buffer.ticket)
+        await world.service.import_ticket(world.bob, buffer.ticket)
     assert world.books() == (0, 1, 0, 4)
-    assert not world.service.list_for(12345)
-    assert len(world.service.list_for(0)) == 5
+    assert not world.service.list_for(Owner(12345, ""))
+    assert len(world.service.list_for(Owner(0, ""))) == 5
 
 
 async def test_names_are_checked_and_changed(world: World) -> None:
-    buffer = world.service.create(world.alice, SPEC)
+    buffer = await world.service.create(world.alice, SPEC)
     await world.service.set_name(world.alice, buffer.id, "front")
     assert buffer.name == "front"
     with pytest.raises(InvalidSpec, match="^name: "):
@@ -273,28 +302,28 @@ def test_the_next_allocator_serves_what_the_first_has_run_out_of() -> None:
     first, second = Scripted(), Scripted()
     first.failures = [OSError(errno.ENOMEM, ""), OSError(errno.EINVAL, "")]
     request = Request.from_spec(SPEC)
-    Pool([first, second]).allocate(request, "a").close()
+    Pool([first, second]).allocate(request, "a", memfd.populate).close()
     assert len(second.made) == 1
     # What is no shortage would fail again, and is told.
     with pytest.raises(AllocatorError, match="EINVAL"):
-        Pool([first, second]).allocate(request, "b")
+        Pool([first, second]).allocate(request, "b", memfd.populate)
     assert len(second.made) == 1
 
 
 async def test_the_earliest_holder_takes_the_charge_when_the_creator_has_released(world: World) -> None:
     (grant,) = await world.service.allocate(world.alice, SPEC)
     grant.fd.close()
-    world.service.import_ticket(world.bob, grant.buffer.ticket)
+    await world.service.import_ticket(world.bob, grant.buffer.ticket)
     await world.service.release(world.alice, grant.buffer.id)
     assert world.books() == (0, 0, PAGE_SIZE, 1)
     world.service.drop(world.bob)
-    await world.service.settled()
+    await world.custody.settled()
     assert world.books() == (0, 0, 0, 0)
 
 
 async def test_memory_made_after_the_creator_left_is_charged_to_who_stayed(world: World) -> None:
-    buffer = world.service.create(world.alice, SPEC)
-    world.service.import_ticket(world.bob, buffer.ticket)
+    buffer = await world.service.create(world.alice, SPEC)
+    await world.service.import_ticket(world.bob, buffer.ticket)
     world.allocator.gate.clear()
     asking = asyncio.create_task(world.service.get_fd(world.bob, buffer.id))
     await world.until_allocating()
@@ -306,8 +335,8 @@ async def test_memory_made_after_the_creator_left_is_charged_to_who_stayed(world
 
 async def test_another_users_figures_are_not_told(world: World) -> None:
     close(await world.service.allocate(world.alice, {**SPEC, "size": 8 * PAGE_SIZE}))
-    buffer = world.service.create(world.alice, SPEC)
-    world.service.import_ticket(world.bob, buffer.ticket)
+    buffer = await world.service.create(world.alice, SPEC)
+    await world.service.import_ticket(world.bob, buffer.ticket)
     with pytest.raises(QuotaExceeded) as caught:
         await world.service.get_fd(world.bob, buffer.id)
     assert "in use" not in str(caught.value)
@@ -316,7 +345,7 @@ async def test_another_users_figures_are_not_told(world: World) -> None:
 
 
 async def test_a_name_given_while_the_memory_is_made_reaches_the_kernel(world: World) -> None:
-    buffer = world.service.create(world.alice, {**SPEC, "name": "old"})
+    buffer = await world.service.create(world.alice, {**SPEC, "name": "old"})
     world.allocator.gate.clear()
     asking = asyncio.create_task(world.service.get_fd(world.alice, buffer.id))
     await world.until_allocating()
@@ -335,7 +364,7 @@ async def test_the_error_of_an_allocation_outlives_its_undoing(world: World) -> 
     allocation = asyncio.create_task(world.service.allocate(world.alice, SPEC))
     await world.until_allocating()
     (buffer,) = world.service.list_for(ALICE)
-    world.service.import_ticket(world.bob, buffer.ticket)
+    await world.service.import_ticket(world.bob, buffer.ticket)
     await world.service.release(world.alice, buffer.id)
     world.allocator.gate.set()
     with pytest.raises(OutOfMemory):

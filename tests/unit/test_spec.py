@@ -25,6 +25,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "cache": st.sampled_from(list(Cache)) | st.text(max_size=8),
     "cache_policy": st.sampled_from(list(CachePolicy)) | st.text(max_size=8),
     "allocator": st.sampled_from(["udmabuf", "memfd", "heap:system", "dumb:card0"]) | st.text(max_size=8),
+    "request_id": st.text(max_size=80),
 }
 
 

@@ -14,6 +14,14 @@ from udmabufd.core.spec import Request
 from udmabufd_client.contract import Cache, CachePolicy, Kind
 
 
+class Populate(Protocol):
+    """Fills `size` bytes of a new memfd with zeroed pages: linux.memfd.populate in this process, which the kernel may
+    kill for it where memory is short, or linux.fill.populate_in_child in one that it takes instead. Raises OSError.
+    """
+
+    def __call__(self, fd: int, size: int) -> None: ...
+
+
 class Allocator(Protocol):
     """A source of memory. match() must not block and may be called from any thread; allocate() blocks."""
 
@@ -36,9 +44,9 @@ class Allocator(Protocol):
     def match(self, request: Request) -> AllocatorError | None:
         """Return why it cannot serve `request`, or None if it can."""
 
-    def allocate(self, request: Request, name: str) -> Memory:
-        """Make the memory, named `name`, owned by the caller. Raises OSError, AllocatorError; nothing is left
-        behind then.
+    def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
+        """Make the memory, named `name`, owned by the caller; `populate` fills it, if it is to be filled. Raises
+        OSError, AllocatorError; nothing is left behind then.
         """
 
 

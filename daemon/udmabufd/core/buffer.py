@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One buffer: its identity, what was asked for, its memory, and who holds shares of it."""
+"""One buffer: its identity, what was asked for, its memory, who holds shares of it and who is charged."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass, field
 
-from udmabufd.core.ledger import Charge
+from udmabufd.core.ledger import Charge, Owner
 from udmabufd.core.memory import Memory
 from udmabufd.core.spec import Request
-from udmabufd_client.contract import State
+from udmabufd_client.contract import Kind, State
 
 
 @dataclass(eq=False, slots=True)
@@ -19,41 +19,85 @@ class Holder:
     """One connection of a client. `name` is opaque here; `gone` once the connection has ended."""
 
     name: str
-    uid: int
+    owner: Owner
     gone: bool = False
+
+    @property
+    def uid(self) -> int:
+        """The connection's user."""
+        return self.owner.uid
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """The request_id that a buffer was asked for with: by whom, in which member, with which spec (its digest).
+
+    The buffer is number `index` of the `count` that the id stands for.
+    """
+
+    owner: Owner
+    request_id: str
+    member: str
+    digest: str
+    index: int
+    count: int
 
 
 @dataclass(eq=False, slots=True)
 class Buffer:
-    """A live buffer. Only the registry changes `creator`, `shares`, `counted`, `bytes_charge`, `memory`, `serial` and
-    `ended`; only the service `name`.
-    """
+    """A buffer of the service. Only the registry changes what it has, but for `name`, which the service does."""
 
     request: Request
-    creator: int
+    payer: Owner
+    """Who is charged for the memory: the creator, and after its last share the earliest holder."""
+    repeat: Repeat | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     ticket: str = field(default_factory=lambda: secrets.token_hex(16))
     name: str = ""
     serial: int = 0
     memory: Memory | None = None
     ended: bool = False
+    """Nobody has a share of it and nobody can get one but by Import, while it lingers."""
+    kept: bool = False
+    """Its holders were those of a bus that has ended; it waits for them to import it again."""
     shares: Counter[Holder] = field(default_factory=Counter)
-    counted: dict[int, Charge] = field(default_factory=dict)
-    """The charge for one buffer of each uid that holds a share."""
-    bytes_charge: Charge | None = None
-    """The charge for the memory: the creator's, and after its last share the earliest holder's, `creator` then."""
+    """In the order in which they came."""
+    counted: dict[Owner, Charge] = field(default_factory=dict)
+    """The charge for one buffer of each owner that holds a share, and of the payer."""
+    share_charges: dict[Holder, Charge] = field(default_factory=dict)
+    answered: set[Holder] = field(default_factory=set)
+    """Holders whose call with the request_id was answered."""
+    unanswered: set[Holder] = field(default_factory=set)
+    """Holders of a former life of the service whose call with the request_id it may not have answered."""
+    memory_charge: Charge | None = None
     backing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the memory is being made, so that it is made once."""
+    stored_as: str = ""
+    """Name of its descriptors in the store."""
+    order: int = 0
+    """Greater for a later buffer."""
+    slot: int | None = None
+    """Where its record is in the state, once it has one."""
+    share_records: dict[Holder, tuple[int, int]] = field(default_factory=dict)
+    """Slot and order of the record of each holder's shares."""
 
     def __post_init__(self) -> None:
-        self.name = self.request.name or f"udmabufd-{self.id}"
+        self.name = self.name or self.request.name or f"udmabufd-{self.id}"
 
     @property
     def state(self) -> State:
         """Where in its life the buffer is."""
+        if self.ended:
+            return State.LINGERING
         return State.EMPTY if self.memory is None else State.BACKED
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether what clients had is given up, so that it cannot live again: its memory is a mere witness."""
+        memory = self.memory
+        return self.ended and memory is not None and memory.dma_buf is None and self.request.kind is Kind.DMA_BUF
 
     @property
     def charged(self) -> int:
         """Bytes charged for it at present."""
-        return 0 if self.bytes_charge is None else self.bytes_charge.bytes
+        return 0 if self.memory_charge is None else self.memory_charge.amount

@@ -17,6 +17,8 @@ class AllocatorError(Exception):
     """Base of every error that a caller may see."""
 
     name: ClassVar[ErrorName]
+    scarce: ClassVar[bool] = False
+    """Whether it refuses for a limit or for want of memory, and is counted as a refusal."""
 
 
 class InvalidSpec(AllocatorError):
@@ -61,18 +63,21 @@ class QuotaExceeded(AllocatorError):
     """The caller's user would hold more than its limit."""
 
     name = ErrorName.QUOTA_EXCEEDED
+    scarce = True
 
 
 class RateLimited(AllocatorError):
     """Too many calls, or too many under way."""
 
     name = ErrorName.RATE_LIMITED
+    scarce = True
 
 
 class OutOfMemory(AllocatorError):
     """No memory or no file descriptor left."""
 
     name = ErrorName.OUT_OF_MEMORY
+    scarce = True
 
 
 class KernelLimit(AllocatorError):
@@ -97,6 +102,12 @@ class CacheUnavailable(AllocatorError):
     """The required cache attribute cannot be had."""
 
     name = ErrorName.CACHE_UNAVAILABLE
+
+
+class BadMemfd(AllocatorError):
+    """A memfd lacks a seal, a mode, alignment or pages; the message says which."""
+
+    name = ErrorName.BAD_MEMFD
 
 
 _FROM_ERRNO: dict[int, tuple[type[AllocatorError], str]] = {

@@ -25,8 +25,24 @@ class Limits:
         4096,
         1 << 62,
         "bytes",
-        "Memory that the buffers created by one user may take together while shares of them are held. It cannot be "
-        "swapped out. File descriptors that outlive the last share keep their memory and are not counted.",
+        "Memory that the buffers of one user may take together. It cannot be swapped out. A buffer counts until the "
+        "kernel has freed it: descriptors, mappings and imports that outlive the last share still count.",
+    )
+    max_bytes_per_application: int = _limit(
+        0,
+        0,
+        1 << 62,
+        "bytes",
+        "The same for one application of a user: a unit, a Flatpak or a Snap, as its cgroup tells. 0: an application "
+        "may take all that its user may.",
+    )
+    max_wrapped_bytes_per_user: int = _limit(
+        1024 * MIB,
+        4096,
+        1 << 62,
+        "bytes",
+        "Memory of its own that one user may have wrapped. It is charged to whoever touched it first, and pinned "
+        "until the kernel has freed the buffer.",
     )
     max_buffers_per_user: int = _limit(
         512, 1, 1_000_000, "buffers", "Buffers that the connections of one user may hold together."
@@ -36,8 +52,12 @@ class Limits:
         1,
         1_000_000,
         "buffers",
-        "Buffers of all users together. The service keeps two file descriptors for each: raise LimitNOFILE= of the "
-        "unit with it.",
+        "Buffers of all users together. The service keeps up to three file descriptors for each, here and in the "
+        "service manager's store: raise LimitNOFILE= and FileDescriptorStoreMax= of the unit with it. A maximum whose "
+        "descriptors would not fit is refused at the start.",
+    )
+    max_shares_per_user: int = _limit(
+        4096, 1, 1_000_000, "shares", "Pairs of a connection of one user and a buffer that it holds."
     )
     max_calls_per_window: int = _limit(
         20_000, 1, 1_000_000_000, "calls", "Calls that one user may make within call_window_usec."
@@ -47,4 +67,12 @@ class Limits:
     )
     max_calls_in_flight_per_user: int = _limit(
         1024, 1, 1_000_000, "calls", "Calls of one user that may be under way at the same time."
+    )
+    max_fds_in_flight_per_user: int = _limit(
+        1024,
+        16,
+        100_000,
+        "descriptors",
+        "Descriptors that may be on their way to the connections of one user at the same time, for calls being "
+        "served. What the bus then holds for a client that does not read is bounded by itself.",
     )

@@ -7,14 +7,13 @@ first.
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 
-from udmabufd.core.allocator import refuse_other_caches
+from udmabufd.core.allocator import Populate, refuse_other_caches
 from udmabufd.core.errors import AllocatorError
 from udmabufd.core.memory import Memory
 from udmabufd.core.spec import MAX_SIZE, Request
-from udmabufd.linux import memfd
+from udmabufd.linux import fdstat, memfd
 from udmabufd_client.contract import MEMFD, Cache, CacheEvidence, Kind
 
 
@@ -32,18 +31,21 @@ class MemfdAllocator:
         """Return the refusal of a cache attribute, or None; sizes are the ledger's matter."""
         return refuse_other_caches(request)
 
-    def allocate(self, request: Request, name: str) -> Memory:
-        """Make a memfd of request.size bytes, sealed SHRINK, GROW and SEAL. Raises OSError."""
+    def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
+        """Make a memfd of request.size bytes, sealed SHRINK, GROW and SEAL, and leave its pages to the client:
+        `populate` is not called. Raises OSError.
+        """
         with ExitStack() as undo:
             fd = undo.enter_context(memfd.create(name, request.size))
             memfd.add_seals(fd.fileno(), memfd.F_SEAL_SHRINK | memfd.F_SEAL_GROW | memfd.F_SEAL_SEAL)
-            inode = os.fstat(fd.fileno()).st_ino
+            identity = fdstat.look(fd.fileno())
             undo.pop_all()
         return Memory(
             allocator=self.name,
             memfd=fd,
             dma_buf=None,
-            inode=inode,
+            device=identity.device,
+            inode=identity.inode,
             cache=Cache.CACHED,
             evidence=CacheEvidence.DEFAULT,
             needs_sync=False,

@@ -8,34 +8,56 @@ what a client gets is a duplicate.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
 from udmabufd.linux import dmabuf
 from udmabufd_base.fd import OwnedFd
-from udmabufd_client.contract import Cache, CacheEvidence
+from udmabufd_client.contract import MEMFD, WRAPPED, Cache, CacheEvidence
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Memory:
-    """Backing of one buffer. `memfd` is never mapped and, beside a `dma_buf`, never handed out.
+    """Backing of one buffer. `memfd` is never mapped and, beside a `dma_buf`, never handed out; memory that is not
+    the service's own has none.
 
     `cache` and `evidence` say what CPU mappings really are and how that is known; `needs_sync` whether CPU access
-    needs the DMA_BUF_SYNC brackets to be correct; `inode` is st_ino of the descriptor that clients get.
+    needs the DMA_BUF_SYNC brackets to be correct. `device` (major, minor) and `inode` identify the file that clients
+    get. `stored` is set while the store has a reference of its own to each descriptor.
     """
 
     allocator: str
-    memfd: OwnedFd
+    memfd: OwnedFd | None
     dma_buf: OwnedFd | None
+    device: tuple[int, int]
     inode: int
     cache: Cache
     evidence: CacheEvidence
     needs_sync: bool
+    stored: bool = False
+
+    @property
+    def exported(self) -> OwnedFd:
+        """The descriptor that clients get duplicates of, borrowed."""
+        fd = self.dma_buf or self.memfd
+        assert fd is not None
+        return fd
+
+    @property
+    def provable(self) -> bool:
+        """Whether the kernel can tell by a memfd of the service's own that the memory is free."""
+        return self.memfd is not None and self.allocator not in (MEMFD, WRAPPED)
+
+    @property
+    def memfd_inode(self) -> int | None:
+        """Inode number of the service's own memfd, by which it is found again; None where there is none."""
+        return None if self.memfd is None else os.fstat(self.memfd.fileno()).st_ino
 
     def dup(self) -> OwnedFd:
         """Return a new descriptor for a client, CLOEXEC. Raises OSError (EMFILE)."""
-        return (self.dma_buf or self.memfd).dup()
+        return self.exported.dup()
 
     def references(self) -> int | None:
         """References that others hold to the dma-buf, as far as the kernel counts them; None where it does not.
@@ -46,7 +68,7 @@ class Memory:
         if self.dma_buf is None:
             return None
         try:
-            return max(dmabuf.fdinfo(self.dma_buf.fileno()).count - 1, 0)
+            return max(dmabuf.fdinfo(self.dma_buf.fileno()).count - 1 - self.stored, 0)
         except (OSError, ValueError) as error:
             log.warning("Cannot read the reference count of a dma-buf: %s", error)
             return None
@@ -60,4 +82,5 @@ class Memory:
         """Close both descriptors; further calls do nothing."""
         if self.dma_buf is not None:
             self.dma_buf.close()
-        self.memfd.close()
+        if self.memfd is not None:
+            self.memfd.close()

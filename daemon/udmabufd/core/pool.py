@@ -6,8 +6,9 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 
-from udmabufd.core.allocator import Allocator
+from udmabufd.core.allocator import Allocator, Populate
 from udmabufd.core.errors import AllocatorError, KernelLimit, NoAllocator, UdmabufUnavailable, from_oserror
 from udmabufd.core.memory import Memory
 from udmabufd.core.spec import Request
@@ -53,15 +54,27 @@ class Pool:
             return matching
         raise _sum_up([refusal for _, refusal in verdicts if refusal is not None])
 
-    def allocate(self, request: Request, name: str) -> Memory:
-        """Make memory for `request` with the first allocator that has some. Blocks: for worker threads.
+    def allocate_all(self, request: Request, names: Sequence[str], populate: Populate) -> list[Memory]:
+        """Make memory for each of `names`, all of them or none; otherwise as allocate()."""
+        with ExitStack() as undo:
+            memories = []
+            for name in names:
+                memory = self.allocate(request, name, populate)
+                undo.callback(memory.close)
+                memories.append(memory)
+            undo.pop_all()
+        return memories
+
+    def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
+        """Make memory for `request` with the first allocator that has some, filled by `populate` where it is to be
+        filled. Blocks: for worker threads.
 
         Raises the typed error of the last one tried; nothing is left behind then.
         """
         failure: AllocatorError | None = None
         for allocator in self.select(request):
             try:
-                return allocator.allocate(request, name)
+                return allocator.allocate(request, name, populate)
             except UdmabufUnavailable as error:
                 # The device went away since it was selected.
                 failure = error

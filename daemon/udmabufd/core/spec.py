@@ -9,13 +9,13 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
 from udmabufd.core.errors import InvalidSpec
 from udmabufd.core.layout import FORMATS, Layout, linear
-from udmabufd_client.contract import MEMFD, NAME_MAX, Cache, CachePolicy, Kind
+from udmabufd_client.contract import MEMFD, NAME_MAX, WRAPPED, Cache, CachePolicy, Kind
 
 PAGE_SIZE = mmap.PAGESIZE
 
@@ -74,6 +74,10 @@ class Request:
             cache_policy=_choice(spec, "cache_policy", CachePolicy.PREFER),
             allocator=_allocator(spec, kind),
         )
+
+    def wrapping(self) -> Request:
+        """Return the same request for memory that the caller brings."""
+        return replace(self, allocator=WRAPPED)
 
 
 def _geometry(spec: Mapping[str, Any]) -> tuple[Layout | None, int]:

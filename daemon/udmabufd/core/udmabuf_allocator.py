@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from udmabufd.core.allocator import refuse_other_caches
+from udmabufd.core.allocator import Populate, refuse_other_caches
 from udmabufd.core.errors import AllocatorError, KernelLimit, UdmabufUnavailable
 from udmabufd.core.memory import Memory
 from udmabufd.core.spec import MAX_SIZE, Request
-from udmabufd.linux import dmabuf, memfd, selftest, udmabuf
+from udmabufd.linux import dmabuf, fdstat, memfd, selftest, udmabuf
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client.contract import UDMABUF, Cache, CacheEvidence, Kind
 
@@ -41,6 +42,9 @@ class UdmabufAllocator:
         self._parameters = parameters
         self._device: OwnedFd | None = None
         self._reason = "it was not probed yet"
+        self.shows_unzeroed = True
+        """Whether pages that their owner has allocated, but never written, are exported unzeroed (see linux.selftest);
+        also True while that is not known."""
         # A probe may replace the device while a worker thread makes a buffer with it.
         self._lock = threading.Lock()
 
@@ -59,43 +63,55 @@ class UdmabufAllocator:
     def probe(self) -> bool:
         """Open and test the device anew; return whether it can be used. Blocks: call it from a worker thread."""
         device, reason = self._open_and_test()
+        shows_unzeroed = device is None or _shows_unzeroed(device)
         with self._lock:
             if self._device is not None:
                 self._device.close()
-            self._device, self._reason = device, reason
+            self._device, self._reason, self.shows_unzeroed = device, reason, shows_unzeroed
         return device is not None
 
     def match(self, request: Request) -> AllocatorError | None:
         """Return why the driver would refuse `request`, or None."""
-        return self.unavailable or self._exceeds(request) or refuse_other_caches(request)
+        return self.unavailable or self._exceeds(request.size) or refuse_other_caches(request)
 
-    def allocate(self, request: Request, name: str) -> Memory:
-        """Make a populated, sealed memfd of request.size bytes and export it. Raises OSError, KernelLimit,
+    def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
+        """Make a sealed memfd of request.size bytes, filled by `populate`, and export it. Raises OSError, KernelLimit,
         UdmabufUnavailable.
         """
         with ExitStack() as undo:
             fd = undo.enter_context(memfd.create(name, request.size))
             # Before the ioctl, and every page: else the client could read stale memory or lose its data.
-            memfd.populate(fd.fileno(), request.size)
+            populate(fd.fileno(), request.size)
             memfd.add_seals(fd.fileno(), memfd.F_SEAL_SHRINK | memfd.F_SEAL_GROW)
-            dma_buf = undo.enter_context(self._export(fd, request))
-            size, exporter = dmabuf.size(dma_buf.fileno()), dmabuf.fdinfo(dma_buf.fileno()).exporter
-            if (size, exporter) != (request.size, "udmabuf"):
-                raise OSError(errno.EPROTO, f"exported {size} bytes by {exporter!r}")
-            dmabuf.set_name(dma_buf.fileno(), name)
-            inode = dmabuf.inode(dma_buf.fileno())
+            dma_buf = undo.enter_context(self.export_list([udmabuf.Item(fd.fileno(), 0, request.size)]))
+            memory = describe(self.name, fd, dma_buf, request.size, name)
             undo.pop_all()
-        return Memory(
-            allocator=self.name,
-            memfd=fd,
-            dma_buf=dma_buf,
-            inode=inode,
-            # Mainline maps udmabuf memory cached in every version.
-            cache=Cache.CACHED,
-            evidence=CacheEvidence.DEFAULT,
-            # What the importers' caches do is not known here.
-            needs_sync=True,
-        )
+        return memory
+
+    def refusal(self, size: int, items: int) -> AllocatorError | None:
+        """Return why the driver would not export `size` bytes in so many `items`, or None."""
+        return self.unavailable or self._exceeds(size, items)
+
+    def export_list(self, items: Sequence[udmabuf.Item]) -> OwnedFd:
+        """Export `items`, one after the other, as one dma-buf. Raises OSError, KernelLimit, UdmabufUnavailable."""
+        size = sum(item.size for item in items)
+        with self._lock:
+            if (gone := self.unavailable) is not None:
+                raise gone
+            assert self._device is not None
+            device = self._device.dup()
+        with device:
+            if refusal := self._exceeds(size, len(items)):
+                raise refusal
+            try:
+                if len(items) == 1:
+                    return udmabuf.create(device.fileno(), *items[0])
+                return udmabuf.create_list(device.fileno(), items)
+            except OSError as error:
+                # The parameters may have changed since they were read.
+                if error.errno == errno.EINVAL and (refusal := self._exceeds(size, len(items))):
+                    raise refusal from error
+                raise
 
     def close(self) -> None:
         """Close the device."""
@@ -103,21 +119,6 @@ class UdmabufAllocator:
             if self._device is not None:
                 self._device.close()
             self._device, self._reason = None, "the service is stopping"
-
-    def _export(self, fd: OwnedFd, request: Request) -> OwnedFd:
-        with self._lock:
-            if (gone := self.unavailable) is not None:
-                raise gone
-            assert self._device is not None
-            device = self._device.dup()
-        with device:
-            try:
-                return udmabuf.create(device.fileno(), fd.fileno(), 0, request.size)
-            except OSError as error:
-                # The parameters may have changed since match() read them.
-                if error.errno == errno.EINVAL and (refusal := self._exceeds(request)):
-                    raise refusal from error
-                raise
 
     def _open_and_test(self) -> tuple[OwnedFd | None, str]:
         try:
@@ -140,11 +141,48 @@ class UdmabufAllocator:
             log.warning("Cannot read the parameters of udmabuf, taking their defaults: %s", error)
             return udmabuf.DEFAULT_LIMITS
 
-    def _exceeds(self, request: Request) -> AllocatorError | None:
+    def _exceeds(self, size: int, items: int = 1) -> AllocatorError | None:
         limits = self._limits()
-        if request.size > limits.max_size:
+        if size > limits.max_size:
             return KernelLimit(
-                f"size: {request.size} bytes exceed udmabuf's parameter size_limit_mb of {limits.size_limit_mb}; "
+                f"size: {size} bytes exceed udmabuf's parameter size_limit_mb of {limits.size_limit_mb}; "
+                "root can raise it in /sys/module/udmabuf/parameters"
+            )
+        # UDMABUF_CREATE, for one, has no such limit.
+        if items > 1 and items > limits.max_items:
+            return KernelLimit(
+                f"ranges: {items} exceed udmabuf's parameter list_limit of {limits.list_limit}; "
                 "root can raise it in /sys/module/udmabuf/parameters"
             )
         return None
+
+
+def describe(allocator: str, fd: OwnedFd | None, dma_buf: OwnedFd, size: int, name: str) -> Memory:
+    """Check that `dma_buf` is what was asked for, name it, and return it as Memory of `allocator` and `fd`. Raises
+    OSError; both descriptors are the caller's then.
+    """
+    info = dmabuf.fdinfo(dma_buf.fileno())
+    if (info.size, info.exporter) != (size, "udmabuf"):
+        raise OSError(errno.EPROTO, f"exported {info.size} bytes by {info.exporter!r}")
+    dmabuf.set_name(dma_buf.fileno(), name)
+    identity = fdstat.look(dma_buf.fileno())
+    return Memory(
+        allocator=allocator,
+        memfd=fd,
+        dma_buf=dma_buf,
+        device=identity.device,
+        inode=identity.inode,
+        # Mainline maps udmabuf memory cached in every version.
+        cache=Cache.CACHED,
+        evidence=CacheEvidence.DEFAULT,
+        # What the importers' caches do is not known here.
+        needs_sync=True,
+    )
+
+
+def _shows_unzeroed(device: OwnedFd) -> bool:
+    try:
+        return selftest.single_fallocate_flaw(device.fileno())
+    except OSError as error:
+        log.warning("Whether udmabuf exports unzeroed pages could not be found out, taken for yes: %s", error)
+        return True
