@@ -11,7 +11,9 @@ from pathlib import Path
 
 from udmabufd.app import App, BusLost
 from udmabufd.config import Config, ConfigError, load
+from udmabufd.core.events import Event, emit
 from udmabufd.system import hardening, logcontrol
+from udmabufd.system.store_capacity import StoreError
 from udmabufd.system.watchdog import WatchdogError
 from udmabufd_base.errors import BusError
 
@@ -65,6 +67,9 @@ def main() -> int:
         return EXIT_CONFIG
     try:
         asyncio.run(_run(config, log_control, arguments.bus))
+    except StoreError as error:
+        emit(log, Event.CONFIGURATION_TOO_LARGE, reason=str(error))
+        return EXIT_CONFIG
     except (BusLost, BusError, OSError, ValueError, WatchdogError) as error:
         log.critical("%s", error)
         return EXIT_FAILURE

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
 """The one place that builds and connects the parts, and the order in which they start and stop.
 
-Start: probe the device, connect, take the name, READY. Stop: STOPPING, answer what is under way, end the buffers.
-A lost bus ends the daemon with an error; systemd starts it again.
+Start: take over the former run's buffers, probe the device, connect, take the name, READY. Stop: STOPPING, answer what
+is under way; the buffers stay in the service manager's store. A lost bus ends the daemon with an error; systemd starts
+it again, and it goes on with what it had.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import resource
 import signal
 import time
@@ -16,15 +19,27 @@ from pathlib import Path
 
 from udmabufd.bus.server import Server
 from udmabufd.config import Config
+from udmabufd.core.admission import Admission
+from udmabufd.core.closer import Closer
+from udmabufd.core.custody import Custody
+from udmabufd.core.errors import AllocatorError
+from udmabufd.core.events import Event, emit
+from udmabufd.core.identity import Identity
 from udmabufd.core.ledger import Ledger
+from udmabufd.core.maker import Maker
 from udmabufd.core.memfd_allocator import MemfdAllocator
 from udmabufd.core.pool import Pool
 from udmabufd.core.service import Service
+from udmabufd.core.spec import Request
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
 from udmabufd.core.workers import Workers
+from udmabufd.linux import memfd
+from udmabufd.linux.headroom import Headroom, free_fds
 from udmabufd.system.devices import DeviceMonitor
+from udmabufd.system.fdstore import FdStore
 from udmabufd.system.logcontrol import LogControl
 from udmabufd.system.notify import Notifier
+from udmabufd.system.store_capacity import SPARE_FDS, check_capacity, stored_fds
 from udmabufd.system.watchdog import Watchdog, timeout_from_environment
 from udmabufd_base.codec import LIBRARY
 
@@ -33,8 +48,8 @@ log = logging.getLogger(__name__)
 STOP_TIMEOUT = 5.0
 """Seconds that calls under way have to finish at a stop."""
 
-SPARE_FDS = 1024
-"""Descriptors beside the two of each buffer: duplicates on their way to clients, sockets, devices."""
+STORE_TIMEOUT = 2.0
+"""Seconds for the service manager to take what was last said to its store."""
 
 
 class BusLost(Exception):
@@ -42,20 +57,35 @@ class BusLost(Exception):
 
 
 class App:
-    """The daemon: made from a configuration, run once."""
+    """The daemon: made from a configuration on the event loop, run once."""
 
     def __init__(self, config: Config, log_control: LogControl) -> None:
-        self._workers = Workers()
-        ledger = Ledger(config.limits, time.monotonic)
-        self._udmabuf = UdmabufAllocator(Path(config.udmabuf.device), Path(config.udmabuf.parameters))
-        # In order of preference; a new allocator is one line here.
-        pool = Pool([self._udmabuf, MemfdAllocator(config.limits.max_bytes_per_user)])
-        self._service = Service(config.limits, ledger, pool, self._workers)
-        self._server = Server(self._service, ledger, log_control)
+        """Raises StoreError when the configured maximum of buffers does not fit; OSError."""
+        limits = config.limits
         self._config = config
         self._notifier = Notifier.from_environment()
+        self._store = FdStore.from_environment(self._notifier.address)
+        inherited = self._store.inherited()
+        if self._store.enabled:
+            check_capacity(limits.max_buffers, os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        raise_fd_limit(stored_fds(limits.max_buffers) + SPARE_FDS)
+        self._workers = Workers()
+        self._prover = Workers(1, "prover")
+        ledger = Ledger(limits, time.monotonic)
+        self._udmabuf = UdmabufAllocator(Path(config.udmabuf.device), Path(config.udmabuf.parameters))
+        # In order of preference; a new allocator is one line here.
+        pool = Pool([self._udmabuf, MemfdAllocator(limits.max_bytes_per_user)])
+        self._identity = Identity()
+        self._custody = Custody(ledger, limits.max_buffers, self._store, self._workers, self._prover, inherited)
+        headroom = Headroom()
+        maker = Maker(
+            self._custody, Admission(headroom.read, free_fds, headroom.shared_memory), self._store, self._workers
+        )
+        self._service = Service(limits, ledger, pool, self._udmabuf, self._custody, maker, self._identity)
+        self._server = Server(self._service, ledger, Closer(), log_control)
         self._probing = asyncio.Lock()
         self._probes: set[asyncio.Task[None]] = set()
+        self._served = False
 
     async def run(self, address: str) -> None:
         """Serve on the bus at `address` until SIGTERM or SIGINT, which also end a start that takes long.
@@ -66,7 +96,6 @@ class App:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        raise_fd_limit(2 * self._config.limits.max_buffers + SPARE_FDS)
         serving = asyncio.create_task(self._start_and_serve(address, timeout_from_environment()))
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -82,6 +111,7 @@ class App:
     async def _start_and_serve(self, address: str, watchdog_timeout: float | None) -> None:
         # Watched before the first probe, so that no device can appear unseen between the two.
         with DeviceMonitor(self._device_event):
+            await self._custody.start()
             await self._probe()
             await self._server.start(address)
             with Watchdog(self._notifier, self._unwell, watchdog_timeout):
@@ -92,11 +122,16 @@ class App:
     async def _stop(self) -> None:
         self._notifier.stopping()
         await self._server.stop(STOP_TIMEOUT)
-        await self._service.close()
+        await self._custody.close()
         if self._probes:
             await asyncio.wait(tuple(self._probes))
         self._udmabuf.close()
         self._workers.close()
+        self._prover.close()
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(STORE_TIMEOUT):
+                await self._store.settled()
+        self._store.close()
 
     def _unwell(self) -> str | None:
         return None if self._server.connected else "the connection to the bus is lost"
@@ -118,11 +153,32 @@ class App:
             reason = self._udmabuf.unavailable
             if available:
                 log.info("udmabuf can be used; buffers of up to %d bytes", self._udmabuf.max_size)
+                await self._learn_dma_bufs()
             else:
-                log.warning("%s", reason)
-            self._notifier.status("Serving dma-bufs and memfds" if available else f"Serving memfds only: {reason}")
+                emit(log, Event.SELF_TEST_FAILED, reason=str(reason))
+            self._tell_status()
             if available == (before is not None):
+                if available and self._served:
+                    emit(log, Event.UDMABUF_BACK)
                 self._server.availability_changed(available)
+            self._served = True
+
+    async def _learn_dma_bufs(self) -> None:
+        """Make one dma-buf, to know the others of this machine by the device of its file."""
+        request = Request.from_spec({"size": 1})
+        with contextlib.suppress(OSError, AllocatorError):
+            memory = await self._workers.submit(self._udmabuf.allocate, request, "udmabufd-probe", memfd.populate)
+            self._identity.learn_dma_buf(memory.device)
+            await self._workers.submit(memory.close)
+
+    def _tell_status(self) -> None:
+        reason = self._udmabuf.unavailable
+        if (refusal := self._custody.refusal) is not None:
+            self._notifier.status(f"Serving nothing: the former run's state cannot be read ({refusal})")
+        else:
+            self._notifier.status(
+                "Serving dma-bufs and memfds" if reason is None else f"Serving memfds only: {reason}"
+            )
 
 
 def raise_fd_limit(wanted: int) -> None:

@@ -73,6 +73,14 @@ class Peer:
         path, fd, info = await self.call("Allocate", "a{sv}", spec(**values))
         return path, fd, plain(info)
 
+    async def import_fd(self, fd: OwnedFd) -> tuple[str, dict[str, Any]]:
+        """Import a descriptor, which is borrowed; return path and info as plain values."""
+        reply = await self.connection.call(
+            BUS_NAME, OBJECT_PATH, ALLOCATOR_INTERFACE, "Import", "h", [0], fds=[fd.dup()], timeout=60
+        )
+        path, info = reply.body
+        return path, plain(info)
+
     def send(self, message: Message, fds: Sequence[OwnedFd] = ()) -> int:
         """Send a message that expects nothing."""
         return self.connection.send(message, fds)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from udmabufd.bus.info import entry, info
 from udmabufd.bus.objects import Call, Exported, Reply
 from udmabufd.bus.values import unwrap
+from udmabufd.core.buffer import Buffer
 from udmabufd.core.service import Service
 from udmabufd_base.codec import Variant
 from udmabufd_client.contract import (
@@ -18,6 +19,7 @@ from udmabufd_client.contract import (
     SPEC_TYPES,
     UDMABUF,
     VERSION,
+    WRAP_TYPES,
     buffer_path,
 )
 
@@ -37,6 +39,8 @@ class AllocatorObject:
                 "Allocate": self.allocate,
                 "AllocateMany": self.allocate_many,
                 "CreateBuffer": self.create_buffer,
+                "WrapMemfd": self.wrap_memfd,
+                "Import": self.import_fd,
                 "ImportTicket": self.import_ticket,
                 "ListBuffers": self.list_buffers,
             },
@@ -46,12 +50,16 @@ class AllocatorObject:
                 "Allocators": lambda _: pool.names,
                 "MaxBufferSize": lambda _: pool.max_size,
                 "MaxBytesPerUser": lambda _: limits.max_bytes_per_user,
+                "MaxBytesPerApplication": lambda _: limits.max_bytes_per_application,
+                "MaxWrappedBytesPerUser": lambda _: limits.max_wrapped_bytes_per_user,
                 "MaxBuffersPerUser": lambda _: limits.max_buffers_per_user,
                 "MaxBuffers": lambda _: limits.max_buffers,
                 "MaxFdsPerMessage": lambda _: MAX_FDS_PER_MESSAGE,
                 "MaxCallsPerWindow": lambda _: limits.max_calls_per_window,
                 "CallWindowUSec": lambda _: limits.call_window_usec,
                 "MaxCallsInFlightPerUser": lambda _: limits.max_calls_in_flight_per_user,
+                "MaxFdsInFlightPerUser": lambda _: limits.max_fds_in_flight_per_user,
+                "MaxSharesPerUser": lambda _: limits.max_shares_per_user,
                 "Buffers": lambda _: service.buffer_count,
                 "Bytes": lambda _: service.byte_count,
             },
@@ -60,23 +68,37 @@ class AllocatorObject:
     async def allocate(self, call: Call, spec: dict[str, Variant]) -> Reply:
         """See the XML."""
         (grant,) = await self._service.allocate(call.holder, unwrap(spec, SPEC_TYPES))
-        return Reply([buffer_path(grant.buffer.id), 0, info(grant.buffer)], [grant.fd])
+        told = self._told(call, [grant.buffer])
+        return Reply([buffer_path(grant.buffer.id), 0, info(grant.buffer)], [grant.fd], told)
 
     async def allocate_many(self, call: Call, spec: dict[str, Variant], count: int) -> Reply:
         """See the XML."""
         grants = await self._service.allocate(call.holder, unwrap(spec, SPEC_TYPES), count)
         paths = [buffer_path(grant.buffer.id) for grant in grants]
         infos: list[Any] = [info(grant.buffer) for grant in grants]
-        return Reply([paths, list(range(len(grants))), infos], [grant.fd for grant in grants])
+        told = self._told(call, [grant.buffer for grant in grants])
+        return Reply([paths, list(range(len(grants))), infos], [grant.fd for grant in grants], told)
 
-    def create_buffer(self, call: Call, spec: dict[str, Variant]) -> Reply:
+    async def create_buffer(self, call: Call, spec: dict[str, Variant]) -> Reply:
         """See the XML."""
-        return Reply([buffer_path(self._service.create(call.holder, unwrap(spec, SPEC_TYPES)).id)])
+        buffer = await self._service.create(call.holder, unwrap(spec, SPEC_TYPES))
+        return Reply([buffer_path(buffer.id)], sent=self._told(call, [buffer]))
 
-    def import_ticket(self, call: Call, ticket: str) -> Reply:
+    async def wrap_memfd(
+        self, call: Call, memfds: list[int], ranges: list[Sequence[int]], options: dict[str, Variant]
+    ) -> Reply:
         """See the XML."""
-        buffer = self._service.import_ticket(call.holder, ticket)
-        return Reply([buffer_path(buffer.id), info(buffer)])
+        fds = [call.fd(index) for index in memfds]
+        parts = [(index, offset, size) for index, offset, size in ranges]
+        return self._shared(call, await self._service.wrap(call.holder, fds, parts, unwrap(options, WRAP_TYPES)))
+
+    async def import_fd(self, call: Call, fd: int) -> Reply:
+        """See the XML."""
+        return self._shared(call, await self._service.import_fd(call.holder, call.fd(fd)))
+
+    async def import_ticket(self, call: Call, ticket: str) -> Reply:
+        """See the XML."""
+        return self._shared(call, await self._service.import_ticket(call.holder, ticket))
 
     async def list_buffers(self, call: Call) -> Reply:
         """See the XML."""
@@ -84,4 +106,10 @@ class AllocatorObject:
         async with self._listing:
             await asyncio.sleep(0)
             await self._room()
-            return Reply([[entry(buffer) for buffer in self._service.list_for(call.holder.uid)]])
+            return Reply([[entry(buffer) for buffer in self._service.list_for(call.holder.owner)]])
+
+    def _shared(self, call: Call, buffer: Buffer) -> Reply:
+        return Reply([buffer_path(buffer.id), info(buffer)], sent=self._told(call, [buffer]))
+
+    def _told(self, call: Call, buffers: list[Buffer]) -> Callable[[], None]:
+        return lambda: self._service.answered(call.holder, buffers)

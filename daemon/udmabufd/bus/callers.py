@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Who calls: a connection's uid from the bus itself, and the end of the connection.
+"""Who calls: a connection's uid and application from the bus itself, and the end of the connection.
 
-Identity comes from GetConnectionCredentials alone, once per connection; never from an argument, never from a pid.
+Identity comes from GetConnectionCredentials alone, once per connection, never from an argument. The uid decides what
+a caller may; the application, found by the process that the bus names, only whose account it is among the user's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from udmabufd.core import application
 from udmabufd.core.buffer import Holder
+from udmabufd.core.ledger import Owner
 from udmabufd_base.connection import BUS_NAME as BUS
-from udmabufd_base.connection import BUS_PATH, Connection
+from udmabufd_base.connection import BUS_PATH, Connection, Reply
 from udmabufd_base.errors import RemoteError
+from udmabufd_base.fd import close_all
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +59,23 @@ class Caller:
             if self.gone:
                 raise CallerGone from None
             raise
+        try:
+            owner = _owner(reply)
+        finally:
+            close_all(reply.fds)
         # Set here, at once and once: with two holders for one connection, the end of it would end only one.
-        self.holder = Holder(self.name, reply.body[0]["UnixUserID"].value, gone=self.gone)
+        self.holder = Holder(self.name, owner, gone=self.gone)
+
+
+def _owner(credentials: Reply) -> Owner:
+    """Return user and application from what the bus says of a connection."""
+    said = {key: variant.value for key, variant in credentials.body[0].items()}
+    uid, pid, index = said["UnixUserID"], said.get("ProcessID"), said.get("ProcessFD")
+    if pid is None:
+        return Owner(uid, "")
+    # Only newer buses give a pidfd.
+    pidfd = credentials.fds[index] if index is not None and index < len(credentials.fds) else None
+    return Owner(uid, application.of_process(pid, pidfd, uid=uid))
 
 
 class Callers:
@@ -67,6 +86,8 @@ class Callers:
         self._connection = connection
         self._dropped = dropped
         self._callers: dict[str, Caller] = {}
+        # Connections that ended before adopt(), which is told of those that lived a moment earlier.
+        self._ended_early: set[str] | None = set()
 
     def __len__(self) -> int:
         return len(self._callers)
@@ -82,8 +103,28 @@ class Callers:
             caller = self._callers[name] = Caller(name, self._connection)
         return caller
 
+    def expect(self) -> None:
+        """Remember who ends from now on: adopt() follows, with holders of which it is not known here."""
+        self._ended_early = set()
+
+    def adopt(self, holders: Iterable[Holder]) -> None:
+        """Take over the holders of the former run that still live."""
+        early, self._ended_early = self._ended_early or set(), None
+        for holder in holders:
+            if holder.name in early:
+                self._dropped(holder)
+                continue
+            self.enter(holder.name).holder = holder
+
+    def find(self, name: str) -> Holder | None:
+        """Return the holder `name`, if it has called and is known."""
+        caller = self._callers.get(name)
+        return None if caller is None else caller.holder
+
     def ended(self, name: str) -> None:
         """Take notice that connection `name` has ended."""
+        if self._ended_early is not None:
+            self._ended_early.add(name)
         caller = self._callers.pop(name, None)
         if caller is None:
             return

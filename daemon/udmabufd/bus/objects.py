@@ -6,7 +6,7 @@ A handler gets the call and its plain arguments and returns a Reply; it decides 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,18 +28,31 @@ class EdgeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Who calls, and which object."""
+    """Who calls, and which object. `fds` came with the call and stay the dispatcher's; `interactive` callers can wait
+    for somebody to type a password.
+    """
 
     holder: Holder
     path: str
+    fds: Sequence[OwnedFd] = ()
+    interactive: bool = False
+
+    def fd(self, index: int) -> OwnedFd:
+        """Return, borrowed, the descriptor that an argument of type `h` stands for."""
+        if not 0 <= index < len(self.fds):
+            raise EdgeError("InvalidArgs", f"Descriptor {index} is named, and {len(self.fds)} came")
+        return self.fds[index]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Arguments out, where `h` is an index into `fds`; the descriptors are the dispatcher's from here on."""
+    """Arguments out, where `h` is an index into `fds`; the descriptors are the dispatcher's from here on. `sent` is
+    called when the reply is on its way.
+    """
 
     values: list[Any] = field(default_factory=list)
     fds: list[OwnedFd] = field(default_factory=list)
+    sent: Callable[[], None] | None = None
 
 
 Handler = Callable[..., Reply | Awaitable[Reply]]
