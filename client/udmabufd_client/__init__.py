@@ -31,11 +31,14 @@ if TYPE_CHECKING:
         QuotaExceeded,
         RateLimited,
         RemoteFailure,
+        ServiceRestarted,
         ServiceUnavailable,
         UdmabufError,
         UdmabufUnavailable,
     )
-    from udmabufd_client.info import BufferInfo, Limits, ListedBuffer, Plane
+    from udmabufd_client.info import BufferInfo, Limits, ListedBuffer, Plane, RecoveredBuffer, Usage
+    from udmabufd_client.memfd import wrappable_memfd
+    from udmabufd_client.spec import new_request_id
     from udmabufd_client.sync import Buffer, Client
 
 __all__ = [
@@ -45,6 +48,10 @@ __all__ = [
     "ListedBuffer",
     "Plane",
     "Limits",
+    "RecoveredBuffer",
+    "Usage",
+    "new_request_id",
+    "wrappable_memfd",
     "aio",
     "sync",
     "errors",
@@ -68,6 +75,7 @@ __all__ = [
     "QuotaExceeded",
     "RateLimited",
     "RemoteFailure",
+    "ServiceRestarted",
     "ServiceUnavailable",
     "UdmabufUnavailable",
 ]
@@ -80,6 +88,10 @@ _HOMES: Final = {
     "ListedBuffer": "info",
     "Plane": "info",
     "Limits": "info",
+    "RecoveredBuffer": "info",
+    "Usage": "info",
+    "new_request_id": "spec",
+    "wrappable_memfd": "memfd",
 }
 
 

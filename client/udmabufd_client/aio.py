@@ -7,15 +7,17 @@ Blocking programs use sync, which has the same verbs. The work is done in servic
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from udmabufd_client.buffer import BufferBase
-from udmabufd_client.info import Limits, ListedBuffer
-from udmabufd_client.service import DEFAULT_TIMEOUT, Service
-from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_spec
+from udmabufd_client.info import Limits, ListedBuffer, RecoveredBuffer, Usage
+from udmabufd_client.memfd import HasFileno, borrowed, lend
+from udmabufd_client.service import Service
+from udmabufd_client.session import DEFAULT_TIMEOUT
+from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_spec, marshal_wrap
 
 
 class Buffer(BufferBase):
@@ -43,7 +45,10 @@ class Buffer(BufferBase):
         await self._service.refresh(self._share, timeout)
 
     async def release(self, *, timeout: float | None = None) -> None:
-        """Give the share back and wait for the answer. The descriptor stays open until close()."""
+        """Give the share back and wait for the answer. The descriptor stays open until close().
+
+        After ServiceRestarted nothing is left to be done: the client gives the share back by itself if need be.
+        """
         await self._service.release(self._share, timeout)
 
     async def __aenter__(self) -> Self:
@@ -59,18 +64,32 @@ class Client:
     """A connection to udmabufd. It belongs to the event loop that it was made on; close() ends all of its shares.
 
     Every call raises the exceptions of errors.py, and takes a `timeout` in seconds (None: the client's).
+
+    Restarts of the service and of the bus are survived within the time of the calls that meet one. Buffers are held as
+    before after the first, and imported again after the second; Buffer.lost tells of one that could not be. A call
+    that the service took and left unanswered is repeated where that is safe: all that only ask, get_fd(), set_name(),
+    and those that create buffers with a request_id. All others raise ServiceRestarted.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     @staticmethod
-    def connect(bus: str = "system", *, timeout: float = DEFAULT_TIMEOUT) -> Connecting:
+    def connect(
+        bus: str = "system",
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        reconnect: bool = True,
+        on_reconnect: Callable[[], object] | None = None,
+    ) -> Connecting:
         """Connect to `bus`: "system", "session" or a D-Bus address; `timeout`, in seconds, is each call's default.
 
         `client = await Client.connect()` or `async with Client.connect() as client`. Raises ServiceUnavailable.
+
+        Without `reconnect` the loss of the bus is final. `on_reconnect` is called after each restart of the service or
+        of the bus, when every buffer is held again or `lost`; it must not block, and runs on the client's loop.
         """
-        return Connecting(bus, timeout)
+        return Connecting(bus, timeout, reconnect, on_reconnect)
 
     @property
     def unique_name(self) -> str:
@@ -103,6 +122,35 @@ class Client:
         """Create a buffer without memory: Buffer.get_fd(), of any holder, allocates."""
         return Buffer(self._service, await self._service.create(marshal_spec(spec, keys), timeout), None)
 
+    async def wrap(
+        self,
+        memfds: Sequence[int | HasFileno],
+        ranges: Sequence[tuple[int, int, int]] | None = None,
+        *,
+        name: str | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> Buffer:
+        """Have memory of one's own exported as one dma-buf; Buffer.get_fd() then gets its descriptor.
+
+        `memfds` are borrowed: wrappable_memfd() makes right ones. `ranges` are the buffer's parts in order, each
+        (index into memfds, offset, size in bytes); by default each memfd as a whole. Raises BadMemfd naming what a
+        memfd lacks, NotSupported where the kernel would show stale pages and only root may wrap; OSError, ValueError.
+        """
+        options = marshal_wrap(name=name, request_id=request_id)
+        fds, parts = lend(memfds, ranges)
+        return Buffer(self._service, await self._service.wrap(fds, parts, options, timeout), None)
+
+    async def import_fd(self, fd: int | HasFileno, *, timeout: float | None = None) -> Buffer:
+        """Become a holder of the buffer that `fd` is a descriptor of, however it was come by.
+
+        `fd` is borrowed; the Buffer has a duplicate of it. Raises NoSuchBuffer for one that is not of this service,
+        AccessDenied for one opened O_PATH or read-only, InvalidSpec for what is no buffer at all; OSError, ValueError.
+        Not repeated when the service ends before it answers, for the share would be taken twice: ServiceRestarted.
+        """
+        share, own = await self._service.import_fd(borrowed(fd), timeout)
+        return Buffer(self._service, share, own)
+
     async def import_ticket(self, ticket: str, *, timeout: float | None = None) -> Buffer:
         """Become a holder of another process's buffer, of which it gave the ticket (Buffer.get_ticket())."""
         share = await self._service.import_ticket(check_text("ticket", ticket), timeout)
@@ -111,6 +159,23 @@ class Client:
     async def list_buffers(self, *, timeout: float | None = None) -> list[ListedBuffer]:
         """Return what the service says of the buffers of this user; root sees all."""
         return await self._service.list_buffers(timeout)
+
+    async def usage(self, *, interactive: bool = False, timeout: float | None = None) -> list[Usage]:
+        """Return what each user and application holds. For root, and whom polkit allows: raises AccessDenied.
+
+        `interactive` lets a polkit agent ask the user for a password meanwhile.
+        """
+        return await self._service.usage(interactive, timeout)
+
+    async def recover(
+        self, discard: bool = False, *, interactive: bool = False, timeout: float | None = None
+    ) -> list[RecoveredBuffer]:
+        """After a start of the service that could not read its former state: keep its buffers, or give them up.
+
+        Return what became of each. For root, and whom polkit allows. Raises NotSupported when there is nothing to
+        recover, AccessDenied; ServiceRestarted is to be followed by a look at list_buffers().
+        """
+        return await self._service.recover(discard, interactive, timeout)
 
     async def limits(self, *, timeout: float | None = None) -> Limits:
         """Return the limits that apply to this user."""
@@ -121,7 +186,10 @@ class Client:
         return await self._service.properties(timeout)
 
     async def wait_lost(self) -> None:
-        """Return when the connection to the bus is lost. Shares are lost with it; descriptors are not."""
+        """Return when the connection to the bus is lost for the first time, or closed.
+
+        With `reconnect` the client goes on, and `on_reconnect` tells when.
+        """
         await self._service.wait_lost()
 
     async def close(self) -> None:
@@ -145,13 +213,17 @@ class Client:
 class Connecting(AbstractAsyncContextManager[Client]):
     """What Client.connect() returns: awaited it is the client, in `async with` it is closed at the end."""
 
-    def __init__(self, bus: str, timeout: float) -> None:
+    def __init__(self, bus: str, timeout: float, reconnect: bool, on_reconnect: Callable[[], object] | None) -> None:
         self._bus = bus
         self._timeout = timeout
+        self._reconnect = reconnect
+        self._on_reconnect = on_reconnect
         self._client: Client | None = None
 
     async def _connect(self) -> Client:
-        return Client(await Service.open(self._bus, self._timeout))
+        return Client(
+            await Service.open(self._bus, self._timeout, reconnect=self._reconnect, on_reconnect=self._on_reconnect)
+        )
 
     def __await__(self) -> Generator[Any, None, Client]:
         return self._connect().__await__()

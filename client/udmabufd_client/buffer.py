@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -42,6 +43,9 @@ class BufferBase:
         self._lock = threading.Lock()
         self._mapping = SharedMapping()
         self._bracket = SyncBracket()
+        duplicate = weakref.WeakMethod(self._spare)
+        # The share outlives a Buffer that is dropped without close(), and must not keep it alive.
+        share.duplicate = lambda: method() if (method := duplicate()) is not None else None
 
     # What is known
 
@@ -93,6 +97,14 @@ class BufferBase:
         """Whether the share was given back."""
         return self._share.released
 
+    @property
+    def lost(self) -> bool:
+        """Whether the share was lost in a restart of the service or of the bus, and could not be had again.
+
+        Calls about the buffer raise NoSuchBuffer then. The descriptor, if there is one, and mappings stay valid.
+        """
+        return self._share.lost
+
     # The descriptor
 
     @property
@@ -119,7 +131,9 @@ class BufferBase:
             self.fileno()
             fd, self._fd = self._fd, None
             assert fd is not None
-            return fd.steal()
+            stolen = fd.steal()
+        self._service.want_ticket_soon(self._share)
+        return stolen
 
     # CPU access
 
@@ -218,6 +232,11 @@ class BufferBase:
             else:
                 fd.close()
             return self.fileno()
+
+    def _spare(self) -> OwnedFd | None:
+        """Return a duplicate of the descriptor, if there is one: by it another connection gets the share again."""
+        with self._lock:
+            return None if self._fd is None else self._fd.dup()
 
     def _own_dup(self) -> OwnedFd:
         # A borrowed number could be another file's by the time it is used, if another thread calls close().

@@ -135,6 +135,13 @@ class ServiceUnavailable(UdmabufError, ConnectionError):
     """The service is not there, the bus is lost, or the client was closed; the message says what to do."""
 
 
+class ServiceRestarted(ServiceUnavailable):
+    """The service, or the bus, ended while it served the call, and the call is not one that is repeated by itself.
+
+    Whether it took effect is not known. The client goes on: the message says what to do.
+    """
+
+
 class BadReply(UdmabufError):
     """The answer is not what the interface says: another program owns the name, or a version does not fit."""
 
@@ -144,23 +151,33 @@ BY_ERROR_NAME: Final[dict[ErrorName, type[UdmabufError]]] = {
 }
 """The class of each error of the interface."""
 
+NO_OWNER: Final = ("org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner")
+"""The call was not taken: the service is not there, or is about to end."""
+
+ENDED: Final = ("org.freedesktop.DBus.Error.NoReply", "org.freedesktop.DBus.Error.Disconnected")
+"""The service ended before it answered; whether it had taken the call is not known."""
+
+_SPAWN_PREFIX: Final = "org.freedesktop.DBus.Error.Spawn."
+
 _STANDARD: Final[dict[str, type[UdmabufError]]] = {
     "org.freedesktop.DBus.Error.AccessDenied": AccessDenied,
+    "org.freedesktop.DBus.Error.LimitsExceeded": RateLimited,
     "org.freedesktop.DBus.Error.NoMemory": OutOfMemory,
     "org.freedesktop.DBus.Error.UnknownMethod": NotSupported,
     "org.freedesktop.DBus.Error.UnknownInterface": NotSupported,
     "org.freedesktop.DBus.Error.UnknownProperty": NotSupported,
     "org.freedesktop.DBus.Error.Timeout": CallTimedOut,
     "org.freedesktop.DBus.Error.TimedOut": CallTimedOut,
-    "org.freedesktop.DBus.Error.ServiceUnknown": ServiceUnavailable,
-    "org.freedesktop.DBus.Error.NameHasNoOwner": ServiceUnavailable,
-    "org.freedesktop.DBus.Error.NoReply": ServiceUnavailable,
-    "org.freedesktop.DBus.Error.Disconnected": ServiceUnavailable,
+    **dict.fromkeys((*NO_OWNER, *ENDED), ServiceUnavailable),
 }
 """What the bus itself, or a library in the service, answers."""
 
-_SPAWN_PREFIX: Final = "org.freedesktop.DBus.Error.Spawn."
 START_HINT: Final = "start it with 'systemctl start udmabufd' and see 'journalctl -u udmabufd' if that fails"
+
+
+def not_taken(name: str) -> bool:
+    """Whether an error reply of this name says that the call reached no service, so that it had no effect."""
+    return name in NO_OWNER or name.startswith(_SPAWN_PREFIX)
 
 
 def from_remote(name: str, text: str) -> UdmabufError:

@@ -126,12 +126,67 @@ class Limits:
     max_calls_per_window: int | None = None
     call_window_usec: int | None = None
     max_calls_in_flight_per_user: int | None = None
+    max_bytes_per_application: int | None = None
+    max_wrapped_bytes_per_user: int | None = None
+    max_fds_in_flight_per_user: int | None = None
+    max_shares_per_user: int | None = None
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, Any]) -> Self:
         """Return the limits among the properties of the allocator."""
         names = {_snake(name): name for name in interface(contract.ALLOCATOR_INTERFACE).properties}
         return cls(**{field.name: properties.get(names[field.name]) for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What one application of one user holds, as GetUsage shows it: `bytes` and `lingering` in bytes."""
+
+    uid: int
+    application: str = ""
+    buffers: int = 0
+    bytes: int = 0
+    lingering: int = 0
+    refusals: int = 0
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Self:
+        """Return one row of GetUsage. Raises BadReply on a wrong type, and without a uid."""
+        typed = _typed(raw, contract.USAGE_TYPES)
+        if "uid" not in typed:
+            raise BadReply("GetUsage: a row names no user.")
+        return cls(**typed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all by key: for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveredBuffer:
+    """What Recover did with one buffer; None where that is not known. `size` in bytes."""
+
+    buffer: str | None = None
+    size: int | None = None
+    kind: str | None = None
+    name: str | None = None
+    inode: int | None = None
+    action: str | None = None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Self:
+        """Return one row of Recover. Raises BadReply on a wrong type."""
+        return cls(**_typed(raw, contract.RECOVERED_TYPES))
+
+    @property
+    def id(self) -> str | None:
+        """The buffer's id, where it is known."""
+        return None if self.buffer is None else contract.buffer_id(self.buffer)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is known, by key, the id first: for JSON."""
+        known = {"id": self.id, **dataclasses.asdict(self)}
+        return {key: value for key, value in known.items() if value is not None}
 
 
 def parse_properties(interface_name: str, raw: Mapping[str, Any]) -> dict[str, Any]:

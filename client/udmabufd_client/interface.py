@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Final
 
 from udmabufd_base.interface import Interface, parse
 from udmabufd_client import contract
+
+PROPERTIES_INTERFACE: Final = "org.freedesktop.DBus.Properties"
 
 
 @cache

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""One connection to the bus as a client of one service uses it: calls, their time-outs, their replies checked.
+"""One connection to the bus as a client of one service uses it: calls, their replies checked, and who the service is.
 
-Turns every failure into an exception of errors.py and compares every reply with the interface XML. Which members there
-are, and what a reply means, is left to service.py.
+Compares every reply with the interface XML and follows the owner of the service's name. Its end is final: what then
+becomes of calls, and every failure's exception, is left to session.py; what a reply means to service.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
-from udmabufd_base.connection import Connection, Incoming, Reply
-from udmabufd_base.errors import BodyTooLarge, BusError, ProtocolError, RemoteError
+from udmabufd_base.connection import BUS_NAME as BUS
+from udmabufd_base.connection import BUS_PATH, Connection, Incoming, Reply
+from udmabufd_base.errors import BusError, RemoteError
 from udmabufd_base.errors import CallTimedOut as BusCallTimedOut
 from udmabufd_base.fd import OwnedFd, close_all
-from udmabufd_base.message import Message, MessageType
+from udmabufd_base.message import NO_REPLY_EXPECTED, Header, Message, MessageType
 from udmabufd_client.contract import BUS_NAME
-from udmabufd_client.errors import BadReply, CallTimedOut, ServiceUnavailable, UdmabufError, from_remote
+from udmabufd_client.errors import NO_OWNER, BadReply, CallTimedOut, ServiceUnavailable
 from udmabufd_client.interface import interface
 
 T = TypeVar("T")
@@ -31,57 +31,66 @@ brings. In any case the service takes back a connection's shares when the connec
 _MAX_BODY: Final = 16 << 20
 """Bytes of the largest message taken: ListBuffers of some ten thousand buffers."""
 
-_NO_REPLY_EXPECTED: Final = 1
-_NO_AUTO_START: Final = 2
+_OWNER_CHANGES: Final = (
+    f"type='signal',sender='{BUS}',path='{BUS_PATH}',interface='{BUS}',member='NameOwnerChanged',arg0='{BUS_NAME}'"
+)
 
 
 class Link:
-    """A connection, the loop and the process that it belongs to."""
+    """A connection. `signal` is called with each signal, `restarted` when another service takes a former's place."""
 
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._connection: Connection | None = None
-        self._loop = asyncio.get_running_loop()
-        self._pid = os.getpid()
+    def __init__(self, signal: Callable[[Incoming], None], restarted: Callable[[], None]) -> None:
+        """For open()."""
+        self._connection: Connection
+        self._signal = signal
+        self._restarted = restarted
         self._orphans: set[asyncio.Future[Reply]] = set()
+        self._owner: str | None = None
+        self.met = False
+        """Whether there was a service at any time."""
+        self.present = asyncio.Event()
+        """Set while the service's name has an owner."""
 
     @classmethod
-    async def open(cls, bus: str, timeout: float, signal: Callable[[Incoming], None]) -> Link:
-        """Connect to `bus` ("system", "session" or a D-Bus address); `signal` is called with each signal.
-
-        Raises ServiceUnavailable and CallTimedOut.
-        """
-        link = cls(timeout)
-
-        def incoming(message: Incoming) -> None:
-            if message.header.type == MessageType.SIGNAL:
-                signal(message)
-            elif message.header.type == MessageType.METHOD_CALL:
-                link._refuse(message)
-
+    async def open(
+        cls, bus: str, timeout: float, signal: Callable[[Incoming], None], restarted: Callable[[], None]
+    ) -> Link:
+        """Connect to `bus`: "system", "session" or a D-Bus address. Raises ServiceUnavailable and CallTimedOut."""
+        link = cls(signal, restarted)
         try:
-            link._connection = await Connection.open(
-                bus, receive_fds=True, handler=incoming, max_body=_MAX_BODY, timeout=timeout
-            )
-        except BusCallTimedOut as error:
+            async with asyncio.timeout(timeout):
+                link._connection = await Connection.open(
+                    bus, receive_fds=_brings_fds, handler=link._incoming, max_body=_MAX_BODY, timeout=timeout
+                )
+                try:
+                    await link._follow_owner(timeout)
+                except BaseException:
+                    link._connection.close()
+                    raise
+        except (BusCallTimedOut, TimeoutError) as error:
             raise CallTimedOut(f"The bus {bus!r} did not answer within {timeout:g} s.") from error
         except (BusError, OSError, ValueError) as error:
             raise ServiceUnavailable(f"The bus {bus!r} cannot be reached: {error}") from error
         return link
 
     @property
-    def alive(self) -> bool:
-        """Whether calls can be made: not closed, and still in the process that connected."""
-        return self._connection is not None and os.getpid() == self._pid
-
-    @property
     def unique_name(self) -> str:
         """This connection's name on the bus."""
-        return self._usable().unique_name
+        return self._connection.unique_name
+
+    @property
+    def owner(self) -> str:
+        """The unique name of the service, empty while there is none: the one whose signals are believed."""
+        return self._owner or ""
+
+    @property
+    def lost(self) -> BusError | None:
+        """Why the connection ended, None while it stands."""
+        return self._connection.lost
 
     async def wait_lost(self) -> None:
-        """Return when the connection to the bus is lost."""
-        await self._usable().wait_lost()
+        """Return at the end of the connection."""
+        await self._connection.wait_lost()
 
     async def close(self) -> None:
         """End the connection. Harmless when repeated."""
@@ -93,46 +102,26 @@ class Link:
 
     def abandon(self) -> None:
         """End the connection at once, without a turn of the loop."""
-        connection, self._connection = self._connection, None
-        # A forked child has a copy of the parent's socket: what it shut down there would hit the parent.
-        if connection is not None and os.getpid() == self._pid:
-            connection.close()
-
-    def soon(self, callback: Callable[..., None], *args: Any) -> None:
-        """Run `callback` on the loop: at once when this is the loop's thread. Nothing when not alive."""
-        if not self.alive:
-            return
-        try:
-            here = asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            here = False
-        if here:
-            callback(*args)
-        else:
-            # A closed loop has no connection any more: nothing is left to be done on it.
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(callback, *args)
+        self._connection.close()
 
     async def call(
-        self, destination: str, path: str, interface_name: str, member: str, body: Sequence[Any], timeout: float | None
+        self,
+        path: str,
+        interface_name: str,
+        member: str,
+        body: Sequence[Any],
+        timeout: float,
+        flags: int = 0,
     ) -> Reply:
-        """Make one call and return its reply, whose signature is the interface's and whose fds the caller owns."""
-        limit = self._timeout if timeout is None else timeout
-        connection = self._usable()
-        signature = interface(interface_name).methods[member].in_signature
-        try:
-            reply = await connection.call(destination, path, interface_name, member, signature, body, timeout=limit)
-        except (BusError, OSError) as error:
-            raise _translated(error, member, limit, destination) from error
-        return _checked(reply, interface_name, member)
+        """Make one call and return its reply, whose signature is the interface's and whose fds the caller owns.
 
-    async def ask(
-        self, destination: str, path: str, interface_name: str, member: str, body: Sequence[Any], timeout: float | None
-    ) -> list[Any]:
-        """Make one call whose reply brings no descriptor, and return its body."""
-        reply = await self.call(destination, path, interface_name, member, body, timeout)
-        close_all(reply.fds)
-        return reply.body
+        Sends before its first wait. Raises BusError, BadReply.
+        """
+        signature = interface(interface_name).methods[member].in_signature
+        reply = await self._connection.call(
+            BUS_NAME, path, interface_name, member, signature, body, flags=flags, timeout=timeout
+        )
+        return _checked(reply, interface_name, member)
 
     async def bring(
         self,
@@ -140,54 +129,41 @@ class Link:
         interface_name: str,
         member: str,
         body: Sequence[Any],
-        timeout: float | None,
+        timeout: float,
+        fds: Sequence[OwnedFd],
         *,
         take: Callable[[Reply], T],
         refuse: Callable[[Reply], None],
     ) -> T:
-        """Make a call of the service that brings something which must be given back if nobody wants it.
+        """Make a call that brings something which must be given back if nobody wants it. Consumes `fds`.
 
         `take` makes of the reply what the caller gets; `refuse` gives back a reply that is bad or that nobody waits
         for any more: the call goes on when its caller has timed out or was cancelled. Both are called on the loop.
+        Raises BusError, BadReply.
         """
-        limit = self._timeout if timeout is None else timeout
-        connection = self._usable()
         signature = interface(interface_name).methods[member].in_signature
         call = asyncio.ensure_future(
-            connection.call(BUS_NAME, path, interface_name, member, signature, body, timeout=limit + _LATE)
+            self._connection.call(
+                BUS_NAME, path, interface_name, member, signature, body, fds=fds, timeout=timeout + _LATE
+            )
         )
+        # One that is cancelled before it began has not consumed them.
+        call.add_done_callback(lambda _: close_all(fds))
         try:
-            done, _ = await asyncio.wait({call}, timeout=limit)
+            done, _ = await asyncio.wait({call}, timeout=timeout)
         except asyncio.CancelledError:
             self._orphan(call, refuse)
             raise
         if not done:
             self._orphan(call, refuse)
-            raise CallTimedOut(f"{member}: no answer within {limit:g} s; what it brings later is given back.")
-        try:
-            reply = call.result()
-        except (BusError, OSError) as error:
-            raise _translated(error, member, limit, BUS_NAME) from error
+            raise BusCallTimedOut(f"{member} was not answered in {timeout:g} s")
+        reply = call.result()
         try:
             with fds_of(_checked(reply, interface_name, member)):
                 return take(reply)
         except BadReply:
             refuse(reply)
             raise
-
-    def send(self, destination: str, path: str, interface_name: str, member: str) -> None:
-        """Make a call without arguments whose answer nobody wants. Raises BusError, ServiceUnavailable."""
-        self._usable().send(
-            Message(
-                type=MessageType.METHOD_CALL,
-                flags=_NO_REPLY_EXPECTED | _NO_AUTO_START,
-                destination=destination,
-                path=path,
-                interface=interface_name,
-                member=member,
-                body=[],
-            )
-        )
 
     def _orphan(self, call: asyncio.Future[Reply], refuse: Callable[[Reply], None]) -> None:
         def late(call: asyncio.Future[Reply]) -> None:
@@ -199,20 +175,54 @@ class Link:
         self._orphans.add(call)
         call.add_done_callback(late)
 
-    def _usable(self) -> Connection:
-        if os.getpid() != self._pid:
-            raise ServiceUnavailable("This client was made before fork(): connect anew in the child.")
-        if self._connection is None:
-            raise ServiceUnavailable("This client is closed: connect anew.")
-        return self._connection
+    # Who the service is
+
+    async def _follow_owner(self, timeout: float) -> None:
+        """Learn who owns the service's name, now and from now on."""
+        await self._connection.call(BUS, BUS_PATH, BUS, "AddMatch", "s", [_OWNER_CHANGES], timeout=timeout)
+        owner = ""
+        try:
+            reply = await self._connection.call(BUS, BUS_PATH, BUS, "GetNameOwner", "s", [BUS_NAME], timeout=timeout)
+            (owner,) = reply.body
+        except RemoteError as error:
+            if error.name not in NO_OWNER:
+                raise
+        # A signal is seen in the turn in which it is read, a reply one turn later: the signal is the newer of two.
+        if self._owner is None:
+            self._set_owner(owner)
+
+    def _set_owner(self, owner: str) -> None:
+        self._owner = owner
+        if owner:
+            self.met = True
+            self.present.set()
+        else:
+            self.present.clear()
+
+    # What comes unasked
+
+    def _incoming(self, incoming: Incoming) -> None:
+        header = incoming.header
+        if header.type == MessageType.METHOD_CALL:
+            self._refuse(incoming)
+        elif header.sender != BUS:
+            self._signal(incoming)
+        elif (header.path, header.interface, header.member) == (BUS_PATH, BUS, "NameOwnerChanged"):
+            # Nobody else can send in the bus's name; and the bus itself sends it broadcast alone.
+            name, _, owner = incoming.body()
+            if name == BUS_NAME and owner != self._owner:
+                met = self.met
+                self._set_owner(owner)
+                if owner and met:
+                    self._restarted()
 
     def _refuse(self, incoming: Incoming) -> None:
         header = incoming.header
-        if header.flags & _NO_REPLY_EXPECTED:
+        if header.flags & NO_REPLY_EXPECTED:
             return
         error = Message(
             type=MessageType.ERROR,
-            flags=_NO_REPLY_EXPECTED,
+            flags=NO_REPLY_EXPECTED,
             destination=header.sender,
             reply_serial=header.serial,
             error_name="org.freedesktop.DBus.Error.UnknownMethod",
@@ -220,8 +230,8 @@ class Link:
             body=["This connection is a client and has no methods."],
         )
         # Whoever calls a client floods nobody but itself: with a full queue there is no answer.
-        with suppress(BusError, UdmabufError):
-            self._usable().send(error)
+        with suppress(BusError):
+            self._connection.send(error)
 
 
 @contextmanager
@@ -242,30 +252,14 @@ def steal_fds(reply: Reply, indexes: Sequence[Any]) -> list[OwnedFd]:
     return [OwnedFd(reply.fds[index].steal()) for index in indexes]
 
 
+def _brings_fds(header: Header) -> bool:
+    """Descriptors come with answers alone. Anybody can send others, such as some whose close() hangs."""
+    return header.type == MessageType.METHOD_RETURN
+
+
 def _checked(reply: Reply, interface_name: str, member: str) -> Reply:
     expected = interface(interface_name).methods[member].out_signature
     if reply.signature != expected:
         close_all(reply.fds)
         raise BadReply(f"{member}: the reply has signature {reply.signature!r}, the interface {expected!r}.")
     return reply
-
-
-def _translated(error: Exception, member: str, limit: float, destination: str) -> UdmabufError:
-    """Return the exception for a call that failed."""
-    if isinstance(error, BusCallTimedOut):
-        return CallTimedOut(f"{member}: no answer within {limit:g} s.")
-    if isinstance(error, BodyTooLarge | ProtocolError):
-        return BadReply(f"{member}: {error}.")
-    if not isinstance(error, RemoteError):
-        return ServiceUnavailable(
-            f"{member}: the connection to the bus is lost ({error}), and all shares with it. Descriptors and "
-            "mappings stay valid; connect anew to allocate again."
-        )
-    translated = from_remote(error.name, error.message)
-    if isinstance(translated, ServiceUnavailable) and destination != BUS_NAME:
-        return ServiceUnavailable(
-            f"{member}: the service that gave this buffer has ended, and this share with it. Its descriptor and "
-            "mappings stay valid; allocate anew for more.",
-            dbus_name=error.name,
-        )
-    return translated

@@ -1,105 +1,117 @@
 # SPDX-License-Identifier: MIT
 """The members of the service as coroutines, each once, for both clients; and the signals that tell of buffers.
 
-Knows what each member means. How a call travels and fails is left to link.py; buffers as objects, mappings and
-threads to aio, sync and buffer.
+Knows what each member means, and whether it can be repeated. How calls survive is left to session.py, shares to
+keeper.py and releases.py; buffers as objects, mappings and threads to aio, sync and buffer.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from udmabufd_base.codec import Variant
 from udmabufd_base.connection import Incoming, Reply
 from udmabufd_base.errors import BusError
-from udmabufd_base.fd import OwnedFd
+from udmabufd_base.fd import OwnedFd, close_all
+from udmabufd_base.message import ALLOW_INTERACTIVE_AUTHORIZATION
+from udmabufd_client.arrivals import Arrivals, new_share
 from udmabufd_client.contract import (
+    ADMIN_INTERFACE,
     ALLOCATOR_INTERFACE,
     BUFFER_INTERFACE,
-    BUFFER_PATH_PREFIX,
-    BUS_NAME,
     OBJECT_PATH,
 )
 from udmabufd_client.errors import BadReply, CallTimedOut, NoSuchBuffer, ServiceUnavailable, UdmabufError
-from udmabufd_client.info import BufferInfo, ListedBuffer, parse_properties
-from udmabufd_client.interface import interface
-from udmabufd_client.link import Link, fds_of, steal_fds
-from udmabufd_client.share import Share
+from udmabufd_client.info import BufferInfo, ListedBuffer, RecoveredBuffer, Usage, parse_properties
+from udmabufd_client.interface import PROPERTIES_INTERFACE, interface
+from udmabufd_client.keeper import Keeper
+from udmabufd_client.link import fds_of, steal_fds
+from udmabufd_client.releases import Releases
+from udmabufd_client.session import DEFAULT_TIMEOUT, Session
+from udmabufd_client.share import Share, Shares
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-DEFAULT_TIMEOUT: Final = 25.0
-"""Seconds that a call may take unless it is told otherwise; libdbus's default."""
-
-_PROPERTIES: Final = "org.freedesktop.DBus.Properties"
-
-_MAX_EARLY: Final = 64
-"""Buffers whose signals are kept while a reply that can bring the buffer is under way."""
-
 
 class Service:
-    """The service at the other end of a link, and the shares that this end holds.
+    """The service at the other end, and the shares that this end holds.
 
     Belongs to the loop that opened it; only what is called `..._soon` may be called from other threads.
     """
 
-    def __init__(self) -> None:
-        self._link: Link
-        self._owner = ""
-        self._shares: dict[str, list[Share]] = {}
-        self._opening = 0
-        self._early: dict[tuple[str, str], dict[str, Any]] = {}
+    def __init__(
+        self, bus: str, timeout: float, *, reconnect: bool, on_reconnect: Callable[[], object] | None
+    ) -> None:
+        """For open()."""
+        self._timeout = timeout
+        self._shares = Shares()
+        self._session = Session(
+            bus,
+            timeout,
+            reconnect=reconnect,
+            signal=self._signal,
+            restarted=lambda: self._keeper.restarted(),
+            reconnected=lambda: self._keeper.reconnected(),
+        )
+        self._releases = Releases(self._session, self._shares)
+        self._arrivals = Arrivals(self._session, self._shares, self._releases)
+        self._keeper = Keeper(self._session, self._shares, self._arrivals, self._releases, on_reconnect)
 
     @classmethod
-    async def open(cls, bus: str, timeout: float) -> Service:
+    async def open(
+        cls,
+        bus: str,
+        timeout: float = DEFAULT_TIMEOUT,
+        *,
+        reconnect: bool = True,
+        on_reconnect: Callable[[], object] | None = None,
+    ) -> Service:
         """Connect to `bus`: "system", "session" or a D-Bus address. Raises ServiceUnavailable, CallTimedOut."""
-        service = cls()
-        service._link = await Link.open(bus, timeout, service._signal)
+        service = cls(bus, timeout, reconnect=reconnect, on_reconnect=on_reconnect)
+        await service._session.open()
         return service
 
     @property
     def unique_name(self) -> str:
         """This connection's name on the bus."""
-        return self._link.unique_name
+        return self._session.unique_name
 
     @property
     def alive(self) -> bool:
         """Whether calls can be made: not closed, and still in the process that connected."""
-        return self._link.alive
+        return self._session.alive
 
     async def wait_lost(self) -> None:
-        """Return when the connection to the bus is lost."""
-        await self._link.wait_lost()
+        """Return when the connection to the bus has been lost for the first time, or is closed."""
+        await self._session.wait_lost()
 
     async def close(self) -> None:
         """End the connection; the service takes back all shares of it. Harmless when repeated."""
-        await self._link.close()
+        await self._session.close()
 
     def abandon(self) -> None:
         """close() at once, without a turn of the loop, on the loop's thread."""
-        self._link.abandon()
+        self._session.abandon()
 
     def abandon_soon(self) -> None:
         """abandon() from any thread: for finalizers."""
-        self._link.soon(self._link.abandon)
+        self._session.soon(self._session.abandon)
 
-    # Members of the allocator
+    # Members of the allocator that bring shares: repeated only with a request_id, by which the service knows them
 
     async def allocate(self, spec: Mapping[str, Variant], timeout: float | None) -> tuple[Share, OwnedFd]:
         """Allocate: one buffer with memory."""
 
         def take(reply: Reply) -> tuple[Share, OwnedFd]:
             path, index, info = reply.body
-            share = _new_share(path, reply, BufferInfo.parse(info))
-            return share, steal_fds(reply, [index])[0]
+            share = new_share(path, BufferInfo.parse(info))
+            fd = steal_fds(reply, [index])[0]
+            return self._hold(share), fd
 
-        share, fd = await self._bring("Allocate", [spec], take, timeout)
-        return self._hold(share), fd
+        return await self._arrivals.bring("Allocate", [spec], take, timeout, again="request_id" in spec)
 
     async def allocate_many(
         self, spec: Mapping[str, Variant], count: int, timeout: float | None
@@ -110,50 +122,94 @@ class Service:
             paths, indexes, infos = reply.body
             if not len(paths) == len(indexes) == len(infos) == count:
                 raise BadReply(f"AllocateMany: {len(paths)} buffers and {len(indexes)} descriptors for {count}.")
-            shares = [_new_share(path, reply, BufferInfo.parse(info)) for path, info in zip(paths, infos, strict=True)]
-            return list(zip(shares, steal_fds(reply, indexes), strict=True))
+            shares = [new_share(path, BufferInfo.parse(info)) for path, info in zip(paths, infos, strict=True)]
+            fds = steal_fds(reply, indexes)
+            return [(self._hold(share), fd) for share, fd in zip(shares, fds, strict=True)]
 
-        return [
-            (self._hold(share), fd) for share, fd in await self._bring("AllocateMany", [spec, count], take, timeout)
-        ]
+        return await self._arrivals.bring("AllocateMany", [spec, count], take, timeout, again="request_id" in spec)
 
     async def create(self, spec: Mapping[str, Variant], timeout: float | None) -> Share:
-        """CreateBuffer, and its properties: a buffer without memory."""
-        share = await self._bring(
-            "CreateBuffer", [spec], lambda reply: _new_share(reply.body[0], reply, BufferInfo()), timeout
-        )
-        self._hold(share)
+        """CreateBuffer, its properties and its ticket: a buffer without memory."""
+        left = self._countdown(timeout)
+
+        def take(reply: Reply) -> Share:
+            return self._hold(new_share(reply.body[0], BufferInfo()))
+
+        share = await self._arrivals.bring("CreateBuffer", [spec], take, left(), again="request_id" in spec)
         try:
-            await self.refresh(share, timeout)
+            await self.refresh(share, left())
+            await self._learn_ticket(share, left())
         except BaseException:
             self.give_back(share)
             raise
         return share
 
+    async def wrap(
+        self,
+        fds: Sequence[OwnedFd],
+        ranges: Sequence[Sequence[int]],
+        options: Mapping[str, Variant],
+        timeout: float | None,
+    ) -> Share:
+        """WrapMemfd: a buffer of the caller's own memory. Consumes `fds`."""
+        left = self._countdown(timeout)
+        try:
+            body = [list(range(len(fds))), ranges, options]
+            again = "request_id" in options
+            share = await self._arrivals.bring("WrapMemfd", body, self._take, left(), again=again, fds=fds)
+        finally:
+            close_all(fds)
+        try:
+            await self._learn_ticket(share, left())
+        except BaseException:
+            self.give_back(share)
+            raise
+        return share
+
+    async def import_fd(self, fd: OwnedFd, timeout: float | None) -> tuple[Share, OwnedFd]:
+        """Import: a share of the buffer that `fd` is of. Consumes `fd`, and returns it beside the share."""
+        try:
+            return await self._arrivals.bring("Import", [0], self._take, timeout, again=False, fds=[fd]), fd
+        except BaseException:
+            fd.close()
+            raise
+
     async def import_ticket(self, ticket: str, timeout: float | None) -> Share:
         """ImportTicket: a share of another holder's buffer, in whatever state it is."""
+        share = await self._arrivals.bring("ImportTicket", [ticket], self._take, timeout, again=False)
+        share.ticket = ticket
+        return share
 
-        def take(reply: Reply) -> Share:
-            path, info = reply.body
-            return _new_share(path, reply, BufferInfo.parse(info))
-
-        return self._hold(await self._bring("ImportTicket", [ticket], take, timeout))
+    # Members of the allocator that tell
 
     async def list_buffers(self, timeout: float | None) -> list[ListedBuffer]:
         """ListBuffers: the buffers of the caller's user; root sees all."""
-        (entries,) = await self._link.ask(BUS_NAME, OBJECT_PATH, ALLOCATOR_INTERFACE, "ListBuffers", [], timeout)
+        (entries,) = await self._tell(ALLOCATOR_INTERFACE, "ListBuffers", [], timeout)
         return [ListedBuffer.parse(entry) for entry in entries]
 
     async def properties(self, timeout: float | None) -> dict[str, Any]:
         """Return every property of the allocator that the interface has and the service gives, by name."""
-        return await self._get_all(BUS_NAME, OBJECT_PATH, ALLOCATOR_INTERFACE, timeout)
+        return await self._get_all(OBJECT_PATH, ALLOCATOR_INTERFACE, timeout)
+
+    async def usage(self, interactive: bool, timeout: float | None) -> list[Usage]:
+        """GetUsage, for administrators: who holds how much."""
+        flags = ALLOW_INTERACTIVE_AUTHORIZATION if interactive else 0
+        (rows,) = await self._tell(ADMIN_INTERFACE, "GetUsage", [], timeout, flags=flags)
+        return [Usage.parse(row) for row in rows]
+
+    async def recover(self, discard: bool, interactive: bool, timeout: float | None) -> list[RecoveredBuffer]:
+        """Recover, for administrators: keep or give up the buffers of a state that could not be read."""
+        options = {"discard": Variant("b", bool(discard))}
+        flags = ALLOW_INTERACTIVE_AUTHORIZATION if interactive else 0
+        (rows,) = await self._tell(ADMIN_INTERFACE, "Recover", [options], timeout, again=False, flags=flags)
+        return [RecoveredBuffer.parse(row) for row in rows]
 
     # Members of a buffer
 
     async def get_fd(self, share: Share, timeout: float | None) -> OwnedFd:
         """GetFd: a descriptor of the buffer; the first call allocates its memory."""
         share.expect()
-        reply = await self._link.call(share.owner, share.path, BUFFER_INTERFACE, "GetFd", [{}], timeout)
+        reply = await self._session.call(share, BUFFER_INTERFACE, "GetFd", [{}], timeout, again=True)
         with fds_of(reply):
             index, info = reply.body
             share.told_info(BufferInfo.parse(info))
@@ -161,29 +217,44 @@ class Service:
 
     async def get_ticket(self, share: Share, timeout: float | None) -> str:
         """GetTicket: the secret that stands for the buffer in import_ticket()."""
-        (ticket,) = await self._link.ask(share.owner, share.path, BUFFER_INTERFACE, "GetTicket", [], timeout)
-        return str(ticket)
+        (ticket,) = await self._session.ask(share, BUFFER_INTERFACE, "GetTicket", [], timeout, again=True)
+        share.ticket = str(ticket)
+        return share.ticket
+
+    def want_ticket_soon(self, share: Share) -> None:
+        """Get the ticket of a buffer that has no descriptor any more, from any thread: see Keeper."""
+
+        async def learn() -> None:
+            try:
+                await self._learn_ticket(share, None)
+            except UdmabufError as error:
+                log.debug("Buffer %s goes without its ticket: %s", share.id, error)
+
+        self._session.soon(lambda: self._session.background.start(learn()))
 
     async def set_name(self, share: Share, name: str, timeout: float | None) -> None:
         """SetName: rename the buffer, in the kernel's listings too."""
         share.expect()
-        await self._link.ask(share.owner, share.path, BUFFER_INTERFACE, "SetName", [name], timeout)
+        await self._session.ask(share, BUFFER_INTERFACE, "SetName", [name], timeout, again=True)
         if not share.heard("Name"):
             share.told_properties({"Name": name})
 
     async def refresh(self, share: Share, timeout: float | None) -> None:
         """Read the buffer's properties anew."""
         share.expect()
-        said = await self._get_all(share.owner, share.path, BUFFER_INTERFACE, timeout)
-        share.told_properties({name: value for name, value in said.items() if not share.heard(name)})
+        said = await self._get_all(share, BUFFER_INTERFACE, timeout)
+        share.told_reply(said)
 
     async def release(self, share: Share, timeout: float | None) -> None:
         """Release: give back the share and wait for the answer. Nothing when it was given back before."""
+        left = self._countdown(timeout)
         if share.released:
             return
-        share.released = True
+        link = await self._session.standing("Release", left(), share)
+        if not self._mark_released(share):
+            return
         try:
-            await self._link.ask(share.owner, share.path, BUFFER_INTERFACE, "Release", [], timeout)
+            await self._releases.release(link, share.path, left())
         except (CallTimedOut, NoSuchBuffer, ServiceUnavailable):
             # Gone, or perhaps gone: asking twice could take the share of another Buffer of the same path.
             raise
@@ -196,78 +267,71 @@ class Service:
 
     def give_back(self, share: Share) -> None:
         """Release without waiting for an answer: for close(), which must neither block nor fail."""
-        if not share.released:
-            share.released = True
-            self._forget(share)
-            self._send_release(share.path, share.owner)
+        if not self._mark_released(share):
+            return
+        if share.held:
+            self._releases.give_back(share.path)
+        self._forget(share)
 
     def give_back_soon(self, share: Share) -> None:
         """give_back() from any thread, also from a finalizer. Nothing once the connection has ended."""
-        self._link.soon(self.give_back, share)
+        self._session.soon(self.give_back, share)
 
     # Parts of the above
 
-    async def _get_all(
-        self, destination: str, path: str, interface_name: str, timeout: float | None
-    ) -> dict[str, Any]:
-        (raw,) = await self._link.ask(destination, path, _PROPERTIES, "GetAll", [interface_name], timeout)
+    def _countdown(self, timeout: float | None) -> Callable[[], float]:
+        """Return what tells the seconds left, for what takes several calls."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (self._timeout if timeout is None else timeout)
+        return lambda: max(deadline - loop.time(), 0.0)
+
+    async def _tell(
+        self,
+        interface_name: str,
+        member: str,
+        body: list[Any],
+        timeout: float | None,
+        *,
+        again: bool = True,
+        flags: int = 0,
+    ) -> list[Any]:
+        return await self._session.ask(OBJECT_PATH, interface_name, member, body, timeout, again=again, flags=flags)
+
+    async def _get_all(self, target: Share | str, interface_name: str, timeout: float | None) -> dict[str, Any]:
+        (raw,) = await self._session.ask(target, PROPERTIES_INTERFACE, "GetAll", [interface_name], timeout, again=True)
         return parse_properties(interface_name, raw)
 
-    async def _bring(self, member: str, body: list[Any], take: Callable[[Reply], T], timeout: float | None) -> T:
-        """Make a call of the allocator that brings shares."""
-        if not self._opening:
-            self._early.clear()
-        self._opening += 1
-        try:
-            return await self._link.bring(
-                OBJECT_PATH, ALLOCATOR_INTERFACE, member, body, timeout, take=take, refuse=self._give_back_all
-            )
-        finally:
-            self._opening -= 1
+    async def _learn_ticket(self, share: Share, timeout: float | None) -> None:
+        if self._session.reconnect and not share.ticket:
+            await self.get_ticket(share, timeout)
+
+    def _take(self, reply: Reply) -> Share:
+        """Take the one share of a reply that has a path and info."""
+        path, info = reply.body
+        return self._hold(new_share(path, BufferInfo.parse(info)))
 
     def _hold(self, share: Share) -> Share:
-        """Keep a share that a reply brought, and tell it what signals have said of it since."""
-        self._owner = share.owner
-        self._shares.setdefault(share.path, []).append(share)
-        share.told_properties(self._early.pop((share.path, share.owner), {}))
+        self._shares.add(share)
         return share
 
+    def _mark_released(self, share: Share) -> bool:
+        """Mark a share as given back; False if it was before."""
+        before, share.released = share.released, True
+        return not before
+
     def _forget(self, share: Share) -> None:
-        held = self._shares.get(share.path, [])
-        with suppress(ValueError):
-            held.remove(share)
-        if not held:
-            self._shares.pop(share.path, None)
-
-    def _give_back_all(self, reply: Reply) -> None:
-        """Release the buffers of a reply that is not used: all members that bring shares name them first."""
-        named = reply.body[0] if reply.body else []
-        for path in [named] if isinstance(named, str) else named if isinstance(named, list) else []:
-            if isinstance(path, str) and path.startswith(BUFFER_PATH_PREFIX):
-                self._send_release(path, reply.sender)
-
-    def _send_release(self, path: str, owner: str) -> None:
-        if not self._link.alive:
-            return
-        try:
-            self._link.send(owner, path, BUFFER_INTERFACE, "Release")
-        except BusError as error:
-            # A lost connection has no shares. A full queue keeps this one until the connection ends.
-            log.debug("Release of %s was not sent: %s", path, error)
-
-    # What comes unasked
+        self._shares.remove(share)
+        self._releases.settle()
 
     def _signal(self, incoming: Incoming) -> None:
-        """Pass on what the service says of a buffer. Anybody can send signals: only the buffer's owner counts."""
+        """Pass on what the service says of a buffer. Anybody can send signals: only the name's owner counts."""
         header = incoming.header
         path, sender = header.path, header.sender
-        shares = [share for share in self._shares.get(path, ()) if share.owner == sender]
-        early = self._opening > 0 and self._owner in ("", sender)
         if (
-            not (shares or early)
-            or header.interface != _PROPERTIES
-            or header.member != "PropertiesChanged"
-            or header.signature != interface(_PROPERTIES).signals["PropertiesChanged"]
+            sender != self._session.link.owner
+            or not self._shares.awaits(path)
+            or (header.interface, header.member) != (PROPERTIES_INTERFACE, "PropertiesChanged")
+            or header.signature != interface(PROPERTIES_INTERFACE).signals["PropertiesChanged"]
         ):
             return
         try:
@@ -276,13 +340,4 @@ class Service:
         except (BusError, BadReply) as error:
             log.debug("PropertiesChanged of %s from %s passed over: %s", path, sender, error)
             return
-        for share in shares:
-            share.told_properties(properties)
-        if early and properties and ((path, sender) in self._early or len(self._early) < _MAX_EARLY):
-            self._early.setdefault((path, sender), {}).update(properties)
-
-
-def _new_share(path: str, reply: Reply, info: BufferInfo) -> Share:
-    if not path.startswith(BUFFER_PATH_PREFIX):
-        raise BadReply(f"{path} is not the path of a buffer.")
-    return Share(path, reply.sender, info)
+        self._shares.told(path, properties)

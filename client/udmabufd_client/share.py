@@ -1,43 +1,84 @@
 # SPDX-License-Identifier: MIT
-"""One share of one buffer: what this connection holds at the service, and what the service last said of it.
+"""One share of one buffer: what this client holds at the service, and what the service last said of it.
 
-The remote half of a Buffer. Kept fresh by the service's signals; knows no descriptor and no mapping.
+The remote half of a Buffer. Kept fresh by the service's signals; knows no mapping, and of the descriptor only whom to
+ask for a duplicate.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from udmabufd_base.fd import OwnedFd
 from udmabufd_client import contract
 from udmabufd_client.contract import State
+from udmabufd_client.errors import NoSuchBuffer
 from udmabufd_client.info import BufferInfo, state_of
 
 _INFO_OF_PROPERTY: Final = {"Size": "size", "Serial": "serial", "Allocator": "allocator", "Name": "name"}
 
 
 class Share:
-    """A counted share of the buffer at `path`, given by the connection `owner` (the service's unique name).
+    """A counted share of the buffer at `path`.
 
-    Calls about the buffer go to `owner` and not to the well-known name: a service that was started anew knows
-    nothing of the shares of the former one, and must not be asked as if it did.
+    It survives a restart of the service, which keeps it for this connection. With the connection it ends, and is had
+    again by the buffer's descriptor or ticket; meanwhile calls about it wait in settled(), and if it cannot be had it
+    is `lost`.
     """
 
-    __slots__ = ("__weakref__", "_heard", "info", "owner", "path", "released", "state")
+    __slots__ = ("__weakref__", "_again", "_heard", "duplicate", "info", "lost", "path", "released", "state", "ticket")
 
-    def __init__(self, path: str, owner: str, info: BufferInfo) -> None:
+    def __init__(self, path: str, info: BufferInfo, ticket: str = "") -> None:
         self.path = path
-        self.owner = owner
         self.info = info
         self.state: str = state_of(info)
+        self.ticket = ticket
+        """The secret that stands for the buffer, where it is known."""
+        self.duplicate: Callable[[], OwnedFd | None] = lambda: None
+        """Returns a descriptor of the buffer, or None if there is none. Raises OSError."""
         self.released = False
+        self.lost = False
+        self._again: asyncio.Event | None = None
         self._heard: dict[str, Any] = {}
 
     @property
     def id(self) -> str:
         """The buffer's id: 16 hexadecimal digits."""
         return self.path.removeprefix(contract.BUFFER_PATH_PREFIX)
+
+    # Whether it is held
+
+    @property
+    def held(self) -> bool:
+        """Whether the service knows it, as far as is known here."""
+        return not self.lost and self._again is None
+
+    def void(self) -> None:
+        """It has ended with its connection, and is being had again from now on."""
+        if self._again is None:
+            self._again = asyncio.Event()
+
+    def settle(self, *, lost: bool = False) -> None:
+        """It is held again, or lost for good."""
+        self.lost = lost
+        if self._again is not None:
+            self._again.set()
+            self._again = None
+
+    async def settled(self) -> None:
+        """Wait until the service knows it. Raises NoSuchBuffer when it is lost."""
+        while self._again is not None:
+            await self._again.wait()
+        if self.lost:
+            raise NoSuchBuffer(
+                f"Buffer {self.id} was lost in a restart of the service or of the bus. Its descriptor and mappings "
+                "stay valid; close it, and allocate anew for more."
+            )
+
+    # What is known of it
 
     def expect(self) -> None:
         """Begin a call whose reply tells of the buffer: signals from here on are no older than that reply.
@@ -57,6 +98,10 @@ class Share:
         self.state = state_of(info)
         self._apply(self._heard)
 
+    def told_reply(self, properties: Mapping[str, Any]) -> None:
+        """Take all properties from a reply to a call that expect() began."""
+        self.told_properties({name: value for name, value in properties.items() if not self.heard(name)})
+
     def told_properties(self, properties: Mapping[str, Any]) -> None:
         """Take properties of Buffer1 (plain values) from a reply or a signal."""
         self._heard.update(properties)
@@ -69,3 +114,65 @@ class Share:
         # In info a key without a value is absent; properties have 0 and "" there.
         known = {field: properties[name] or None for name, field in _INFO_OF_PROPERTY.items() if name in properties}
         self.info = dataclasses.replace(self.info, **known)
+
+
+class Shares:
+    """The shares that a client holds, by the path of their buffer, and what signals told too early.
+
+    A signal about a buffer can be read before the reply that brings the buffer has been looked at.
+    """
+
+    MAX_EARLY: Final = 64
+    """Buffers whose signals are kept while a reply that can bring the buffer is under way."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, list[Share]] = {}
+        self._opening = 0
+        self._early: dict[str, dict[str, Any]] = {}
+
+    def all(self) -> list[Share]:
+        """Return every share."""
+        return [share for shares in self._held.values() for share in shares]
+
+    def of(self, path: str) -> list[Share]:
+        """Return the shares of one buffer."""
+        return list(self._held.get(path, ()))
+
+    @property
+    def opening(self) -> bool:
+        """Whether a call is under way that can bring a share."""
+        return self._opening > 0
+
+    def open(self) -> None:
+        """A call begins that can bring a share."""
+        if not self._opening:
+            self._early.clear()
+        self._opening += 1
+
+    def opened(self) -> None:
+        """Such a call has ended."""
+        self._opening -= 1
+
+    def add(self, share: Share) -> None:
+        """Keep a share that a reply brought, and tell it what signals have said of its buffer since."""
+        self._held.setdefault(share.path, []).append(share)
+        share.told_properties(self._early.pop(share.path, {}))
+
+    def remove(self, share: Share) -> None:
+        """Forget a share; nothing if it is not there."""
+        shares = self._held.get(share.path, [])
+        if share in shares:
+            shares.remove(share)
+        if not shares:
+            self._held.pop(share.path, None)
+
+    def told(self, path: str, properties: Mapping[str, Any]) -> None:
+        """Pass on what a signal says of a buffer."""
+        for share in self.of(path):
+            share.told_properties(properties)
+        if self._opening and properties and (path in self._early or len(self._early) < self.MAX_EARLY):
+            self._early.setdefault(path, {}).update(properties)
+
+    def awaits(self, path: str) -> bool:
+        """Whether a signal about this buffer is of use."""
+        return path in self._held or self.opening

@@ -7,11 +7,12 @@ Checks keys and types only. Whether a value makes sense (a fourcc, a size, a con
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, TypedDict
 
 from udmabufd_base.codec import Variant
-from udmabufd_client.contract import SPEC_TYPES
+from udmabufd_client.contract import SPEC_TYPES, WRAP_TYPES
 from udmabufd_client.errors import InvalidSpec
 
 
@@ -30,10 +31,20 @@ class SpecKeys(TypedDict, total=False):
     cache: str
     cache_policy: str
     allocator: str
+    request_id: str
 
 
 _LIMITS: Final[dict[str, int]] = {"u": 2**32 - 1, "t": 2**64 - 1}
 _WORDS: Final[dict[str, str]] = {"u": "an integer of 32 bits", "t": "an integer of 64 bits", "s": "a string"}
+
+
+def new_request_id() -> str:
+    """Return a new random value for the key request_id: 128 bits in hexadecimal.
+
+    With it a call that creates buffers can be repeated, by the client itself after a restart of the service or by its
+    caller after any failure, and still creates no buffer twice. A new one for each set of buffers that is wanted.
+    """
+    return secrets.token_hex(16)
 
 
 def marshal_spec(spec: Mapping[str, object] | None, keys: Mapping[str, object]) -> dict[str, Variant]:
@@ -52,6 +63,30 @@ def marshal_spec(spec: Mapping[str, object] | None, keys: Mapping[str, object]) 
             if key in marshalled:
                 raise InvalidSpec(f"{key}: given twice, in the mapping and as a keyword.")
             marshalled[key] = Variant(SPEC_TYPES[key], _plain(key, SPEC_TYPES[key], value))
+    return marshalled
+
+
+def marshal_wrap(**options: object) -> dict[str, Variant]:
+    """Return the options of WrapMemfd as its `a{sv}`; None stands for an absent key. Raises InvalidSpec."""
+    return {
+        key: Variant(WRAP_TYPES[key], _plain(key, WRAP_TYPES[key], value))
+        for key, value in options.items()
+        if value is not None
+    }
+
+
+def marshal_ranges(ranges: Iterable[Sequence[object]]) -> list[list[int]]:
+    """Return ranges (index, offset, size) as an `a(utt)`. Raises InvalidSpec naming the value that is none."""
+    marshalled = []
+    for number, given in enumerate(ranges):
+        try:
+            index, offset, size = given
+        except (TypeError, ValueError):
+            raise InvalidSpec(f"ranges[{number}]: must be (index into memfds, offset, size in bytes).") from None
+        names = (f"ranges[{number}]: index", f"ranges[{number}]: offset", f"ranges[{number}]: size")
+        marshalled.append(
+            [int(_plain(*item)) for item in zip(names, ("u", "t", "t"), (index, offset, size), strict=True)]
+        )
     return marshalled
 
 

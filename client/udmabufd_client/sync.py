@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from udmabufd_base.fd import OwnedFd
+from udmabufd_base.fd import OwnedFd, close_all
 from udmabufd_client.buffer import BufferBase
-from udmabufd_client.info import Limits, ListedBuffer
+from udmabufd_client.info import Limits, ListedBuffer, RecoveredBuffer, Usage
 from udmabufd_client.loop_thread import LoopThread
-from udmabufd_client.service import DEFAULT_TIMEOUT, Service
+from udmabufd_client.memfd import HasFileno, borrowed, lend
+from udmabufd_client.service import Service
+from udmabufd_client.session import DEFAULT_TIMEOUT
 from udmabufd_client.share import Share
-from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_spec
+from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_spec, marshal_wrap
 
 T = TypeVar("T")
 
@@ -54,7 +56,10 @@ class Buffer(BufferBase):
         self._client._run(self._service.refresh(self._share, timeout))
 
     def release(self, *, timeout: float | None = None) -> None:
-        """Give the share back and wait for the answer. The descriptor stays open until close()."""
+        """Give the share back and wait for the answer. The descriptor stays open until close().
+
+        After ServiceRestarted nothing is left to be done: the client gives the share back by itself if need be.
+        """
         self._client._run(self._service.release(self._share, timeout))
 
 
@@ -64,6 +69,11 @@ class Client:
     Every call raises the exceptions of errors.py, and takes a `timeout` in seconds (None: the client's). A child
     after fork() can use neither the client nor its calls, only the descriptors and mappings: it connects anew. A
     client that is still open when the interpreter ends is closed then.
+
+    Restarts of the service and of the bus are survived within the time of the calls that meet one. Buffers are held as
+    before after the first, and imported again after the second; Buffer.lost tells of one that could not be. A call
+    that the service took and left unanswered is repeated where that is safe: all that only ask, get_fd(), set_name(),
+    and those that create buffers with a request_id. All others raise ServiceRestarted.
     """
 
     def __init__(self, loop: LoopThread, service: Service) -> None:
@@ -72,14 +82,26 @@ class Client:
         self._end = weakref.finalize(self, loop.stop, service.abandon)
 
     @classmethod
-    def connect(cls, bus: str = "system", *, timeout: float = DEFAULT_TIMEOUT) -> Self:
+    def connect(
+        cls,
+        bus: str = "system",
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        reconnect: bool = True,
+        on_reconnect: Callable[[], object] | None = None,
+    ) -> Self:
         """Connect to `bus`: "system", "session" or a D-Bus address; `timeout`, in seconds, is each call's default.
 
         `client = Client.connect()` or `with Client.connect() as client`. Raises ServiceUnavailable.
+
+        Without `reconnect` the loss of the bus is final. `on_reconnect` is called after each restart of the service or
+        of the bus, when every buffer is held again or `lost`; it runs on the client's own thread, on which the
+        client cannot be called: have it set an event.
         """
         loop = LoopThread("udmabufd-client")
         try:
-            return cls(loop, loop.run(Service.open(bus, timeout), Service.abandon))
+            opening = Service.open(bus, timeout, reconnect=reconnect, on_reconnect=on_reconnect)
+            return cls(loop, loop.run(opening, Service.abandon))
         except BaseException:
             loop.stop(lambda: None)
             raise
@@ -119,6 +141,46 @@ class Client:
         share = self._run(self._service.create(marshal_spec(spec, keys), timeout), self._service.give_back)
         return Buffer(self, self._service, share, None)
 
+    def wrap(
+        self,
+        memfds: Sequence[int | HasFileno],
+        ranges: Sequence[tuple[int, int, int]] | None = None,
+        *,
+        name: str | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> Buffer:
+        """Have memory of one's own exported as one dma-buf; Buffer.get_fd() then gets its descriptor.
+
+        `memfds` are borrowed: wrappable_memfd() makes right ones. `ranges` are the buffer's parts in order, each
+        (index into memfds, offset, size in bytes); by default each memfd as a whole. Raises BadMemfd naming what a
+        memfd lacks, NotSupported where the kernel would show stale pages and only root may wrap; OSError, ValueError.
+        """
+        options = marshal_wrap(name=name, request_id=request_id)
+        fds, parts = lend(memfds, ranges)
+        try:
+            share = self._run(self._service.wrap(fds, parts, options, timeout), self._service.give_back)
+        except Exception:
+            # A call that was never begun has not consumed them. One that Ctrl-C interrupts may still use them.
+            close_all(fds)
+            raise
+        return Buffer(self, self._service, share, None)
+
+    def import_fd(self, fd: int | HasFileno, *, timeout: float | None = None) -> Buffer:
+        """Become a holder of the buffer that `fd` is a descriptor of, however it was come by.
+
+        `fd` is borrowed; the Buffer has a duplicate of it. Raises NoSuchBuffer for one that is not of this service,
+        AccessDenied for one opened O_PATH or read-only, InvalidSpec for what is no buffer at all; OSError, ValueError.
+        Not repeated when the service ends before it answers, for the share would be taken twice: ServiceRestarted.
+        """
+        own = borrowed(fd)
+        try:
+            share, own = self._run(self._service.import_fd(own, timeout), self._drop)
+        except Exception:
+            own.close()
+            raise
+        return Buffer(self, self._service, share, own)
+
     def import_ticket(self, ticket: str, *, timeout: float | None = None) -> Buffer:
         """Become a holder of another process's buffer, of which it gave the ticket (Buffer.get_ticket())."""
         share = self._run(self._service.import_ticket(check_text("ticket", ticket), timeout), self._service.give_back)
@@ -127,6 +189,23 @@ class Client:
     def list_buffers(self, *, timeout: float | None = None) -> list[ListedBuffer]:
         """Return what the service says of the buffers of this user; root sees all."""
         return self._run(self._service.list_buffers(timeout))
+
+    def usage(self, *, interactive: bool = False, timeout: float | None = None) -> list[Usage]:
+        """Return what each user and application holds. For root, and whom polkit allows: raises AccessDenied.
+
+        `interactive` lets a polkit agent ask the user for a password meanwhile.
+        """
+        return self._run(self._service.usage(interactive, timeout))
+
+    def recover(
+        self, discard: bool = False, *, interactive: bool = False, timeout: float | None = None
+    ) -> list[RecoveredBuffer]:
+        """After a start of the service that could not read its former state: keep its buffers, or give them up.
+
+        Return what became of each. For root, and whom polkit allows. Raises NotSupported when there is nothing to
+        recover, AccessDenied; ServiceRestarted is to be followed by a look at list_buffers().
+        """
+        return self._run(self._service.recover(discard, interactive, timeout))
 
     def limits(self, *, timeout: float | None = None) -> Limits:
         """Return the limits that apply to this user."""
@@ -137,7 +216,10 @@ class Client:
         return self._run(self._service.properties(timeout))
 
     def wait_lost(self) -> None:
-        """Return when the connection to the bus is lost. Shares are lost with it; descriptors are not."""
+        """Return when the connection to the bus is lost for the first time, or closed.
+
+        With `reconnect` the client goes on, and `on_reconnect` tells when.
+        """
         self._run(self._service.wait_lost())
 
     def close(self) -> None:

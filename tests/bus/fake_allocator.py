@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from udmabufd_base.codec import Variant
-from udmabufd_base.connection import Connection, Incoming
+from udmabufd_base.connection import BUS_NAME as BUS
+from udmabufd_base.connection import BUS_PATH, Connection, Incoming
 from udmabufd_base.fd import OwnedFd
 from udmabufd_base.message import NO_REPLY_EXPECTED, Header, Message, MessageType
 from udmabufd_client.contract import BUFFER_INTERFACE, BUS_NAME, buffer_path
@@ -33,24 +34,35 @@ class FakeAllocator:
         self.connection = connection
         self.answers: dict[str, Answer] = {}
         self.calls: list[tuple[Header, list[Any]]] = []
+        self.inodes: list[list[int]] = []
+        """Of each call, the inodes of the descriptors that came with it."""
         self._came = asyncio.Event()
 
     @classmethod
-    async def start(cls, address: str) -> Self:
-        """Connect and take the name."""
+    async def start(cls, address: str, prepare: Callable[[Self], object] = lambda fake: None) -> Self:
+        """Connect and take the name; `prepare` sets the answers before anybody can call."""
         fakes: list[Self] = []
 
         def handler(incoming: Incoming) -> None:
             if incoming.header.type == MessageType.METHOD_CALL:
                 fakes[0]._called(incoming)
 
-        fakes.append(cls(await Connection.open(address, receive_fds=False, handler=handler)))
-        await fakes[0].connection.request_name(BUS_NAME)
+        fakes.append(cls(await Connection.open(address, receive_fds=True, handler=handler)))
+        prepare(fakes[0])
+        await fakes[0].take_the_name()
         return fakes[0]
 
     def close(self) -> None:
         """End, as a crashed service does."""
         self.connection.close()
+
+    async def give_up_the_name(self) -> None:
+        """Let the name go and stay connected: calls that were taken can still be answered, others come to nobody."""
+        await self.connection.call(BUS, BUS_PATH, BUS, "ReleaseName", "s", [BUS_NAME])
+
+    async def take_the_name(self) -> None:
+        """Own the name again."""
+        await self.connection.request_name(BUS_NAME)
 
     async def called(self, member: str, count: int = 1) -> list[Header]:
         """Wait until `member` has been called `count` times; return the headers of those calls."""
@@ -99,6 +111,7 @@ class FakeAllocator:
     def _called(self, incoming: Incoming) -> None:
         header = incoming.header
         self.calls.append((header, incoming.body()))
+        self.inodes.append([os.fstat(fd.fileno()).st_ino for fd in incoming.fds])
         self._came.set()
         if header.member in self.answers:
             self.answers[header.member](incoming)

@@ -15,7 +15,7 @@ from udmabufd_client.cli.alloc import parse_size
 from udmabufd_client.cli.buffer_id import parse_buffer
 from udmabufd_client.contract import BUFFER_PATH_PREFIX, SPEC_KEYS
 
-VERBS = ["alloc", "list", "info", "release", "limits"]
+VERBS = ["alloc", "list", "top", "info", "release", "limits", "recover"]
 
 
 def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -75,6 +75,10 @@ def test_general_options_stand_on_either_side_of_the_verb() -> None:
         (["info"], "BUFFER"),
         (["info", "xyz"], "invalid buffer id or path"),
         (["release"], "BUFFER"),
+        (["top", "-n", "0"], "invalid number of refreshes"),
+        (["top", "--interval", "0.01"], "invalid number of seconds"),
+        (["top", "--interval", "inf"], "invalid number of seconds"),
+        (["top", "--sort", "colour"], "--sort"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_what(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ class Deaf:
 def buffer() -> Iterator[BufferBase]:
     fd = OwnedFd(os.memfd_create("buffer"))
     os.ftruncate(fd.fileno(), mmap.PAGESIZE)
-    share = Share(BUFFER_PATH_PREFIX + "0" * 16, ":1.1", BufferInfo(size=mmap.PAGESIZE, kind="memfd", serial=1))
+    share = Share(BUFFER_PATH_PREFIX + "0" * 16, BufferInfo(size=mmap.PAGESIZE, kind="memfd", serial=1))
     with BufferBase(cast(Service, Deaf()), share, fd) as made:
         yield made
 

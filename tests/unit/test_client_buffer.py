@@ -33,10 +33,14 @@ PATH = BUFFER_PATH_PREFIX + "0123456789abcdef"
 
 
 class Recorder:
-    """The one member of Service that the local half uses."""
+    """The members of Service that the local half uses."""
 
     def __init__(self) -> None:
         self.given_back: list[Share] = []
+        self.without_fd: list[Share] = []
+
+    def want_ticket_soon(self, share: Share) -> None:
+        self.without_fd.append(share)
 
     def give_back_soon(self, share: Share) -> None:
         self.given_back.append(share)
@@ -49,7 +53,7 @@ def service() -> Recorder:
 
 def make(service: Recorder, *, fd: bool = True, **info: Any) -> BufferBase:
     known: dict[str, Any] = {"size": SIZE, "kind": "memfd", "name": "front", "serial": 1}
-    share = Share(PATH, ":1.1", BufferInfo(**(known | info)))
+    share = Share(PATH, BufferInfo(**(known | info)))
     owned = None
     if fd:
         owned = OwnedFd(os.memfd_create("buffer"))

@@ -16,7 +16,7 @@ import udmabufd_client
 from udmabufd_base.codec import Variant
 from udmabufd_client import aio, contract, errors, sync
 from udmabufd_client.contract import ALLOCATOR_INTERFACE, BUFFER_INTERFACE, ErrorName
-from udmabufd_client.info import BufferInfo, Limits, ListedBuffer, parse_properties
+from udmabufd_client.info import BufferInfo, Limits, ListedBuffer, RecoveredBuffer, Usage, parse_properties
 from udmabufd_client.interface import interface
 from udmabufd_client.share import Share
 from udmabufd_client.spec import SpecKeys, check_count, marshal_spec
@@ -65,6 +65,7 @@ def test_an_unknown_error_keeps_its_name_and_text(name: str) -> None:
         ("Spawn.ChildExited", errors.ServiceUnavailable),
         ("AccessDenied", errors.AccessDenied),
         ("UnknownMethod", errors.NotSupported),
+        ("LimitsExceeded", errors.RateLimited),
     ],
 )
 def test_what_the_bus_says_is_typed_too_and_names_the_next_step(name: str, cls: type[errors.UdmabufError]) -> None:
@@ -88,6 +89,21 @@ def test_the_fields_are_the_keys_of_info_and_list() -> None:
         if cls is ListedBuffer:
             expected["buffer"] = str
         assert hints == expected
+
+
+def test_the_rows_for_administrators_have_the_keys_of_the_contract() -> None:
+    python = {"t": int, "u": int, "s": str, "o": str}
+    usage, recovered = get_type_hints(Usage), get_type_hints(RecoveredBuffer)
+    assert usage == {key: python[signature] for key, signature in contract.USAGE_TYPES.items()}
+    assert recovered == {key: python[signature] | None for key, signature in contract.RECOVERED_TYPES.items()}
+    row = Usage.parse({"uid": Variant("u", 5), "bytes": Variant("t", 7), "newer": Variant("s", "x")})
+    assert row == Usage(uid=5, bytes=7)
+    with pytest.raises(errors.BadReply, match="no user"):
+        Usage.parse({"bytes": Variant("t", 7)})
+    with pytest.raises(errors.BadReply, match="size"):
+        RecoveredBuffer.parse({"size": Variant("s", "7")})
+    kept = RecoveredBuffer.parse({"inode": Variant("t", 9), "action": Variant("s", "kept")})
+    assert (kept.id, kept.as_dict()) == (None, {"inode": 9, "action": "kept"})
 
 
 def test_every_limit_of_the_interface_is_a_field() -> None:
@@ -181,7 +197,7 @@ def test_a_listed_buffer_needs_its_path() -> None:
 
 
 def test_a_share_believes_signals_that_came_with_the_reply() -> None:
-    share = Share(contract.buffer_path("0" * 16), ":1.1", BufferInfo(size=4096))
+    share = Share(contract.buffer_path("0" * 16), BufferInfo(size=4096))
     assert share.state == contract.State.EMPTY
     share.told_properties({"State": "empty", "Name": "first", "Serial": 0, "Allocator": ""})
     assert (share.info.name, share.info.serial, share.info.allocator) == ("first", None, None)

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Final
 
-from udmabufd_client.cli import alloc, info, limits, list_buffers, release
+from udmabufd_client.cli import alloc, info, limits, list_buffers, recover, release, top
 from udmabufd_client.cli.streams import open_closed_streams
 from udmabufd_client.cli.text import printable
 from udmabufd_client.errors import UdmabufError
@@ -42,6 +42,8 @@ examples:
       keep a buffer; 'udmabufctl release ID' ends it
   udmabufctl list --json
       all buffers of this user, exact figures
+  sudo udmabufctl top
+      who holds how much, live
 
 exit status:
   0    success
@@ -78,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_global_options(parser, top=True)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
-    for module in (alloc, list_buffers, info, release, limits):
+    for module in (alloc, list_buffers, top, info, release, limits, recover):
         verb = verbs.add_parser(
             module.VERB,
             help=module.SUMMARY,

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wanted.add_argument("--cache", choices=[*map(str, Cache)], help=_help("cache"))
     wanted.add_argument("--cache-policy", choices=[*map(str, CachePolicy)], help=_help("cache_policy"))
     wanted.add_argument("--allocator", help=_help("allocator"))
+    wanted.add_argument("--request-id", metavar="ID", help=_help("request_id"))
     end = parser.add_argument_group("when it ends").add_mutually_exclusive_group()
     end.add_argument(
         "--hold", action="store_true", help="hold the buffer until Ctrl-C, SIGTERM or 'udmabufctl release ID'"

@@ -145,28 +145,33 @@ def _close_inherited(kept: int) -> None:
 async def _hold(
     arguments: argparse.Namespace, spec: Mapping[str, object], tell: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Allocate, tell, and wait for a signal, a request, or the loss of the bus, which is an error."""
+    """Allocate, tell, and wait for a signal, a request, or the loss of the buffer, which is an error."""
     end = asyncio.Event()
+    held: list[Buffer] = []
+
+    def look() -> None:
+        """The service or the bus was restarted: go on if the buffer came through it."""
+        if any(buffer.lost for buffer in held):
+            end.set()
+
     loop = asyncio.get_running_loop()
     for number in heeded():
         loop.add_signal_handler(number, end.set)
-    async with Client.connect(arguments.bus, timeout=arguments.timeout) as client:
+    async with Client.connect(arguments.bus, timeout=arguments.timeout, on_reconnect=look) as client:
         with await client.allocate(spec) as buffer:
+            held.append(buffer)
             server = await asyncio.start_unix_server(
                 lambda reader, writer: _serve(reader, writer, buffer, end), _socket_name(buffer.id), limit=_LONGEST
             )
-            lost = asyncio.ensure_future(client.wait_lost())
-            ended = asyncio.ensure_future(end.wait())
             try:
                 tell({"id": buffer.id, "buffer": buffer.path, "pid": os.getpid(), **buffer.info.as_dict()})
-                await asyncio.wait({lost, ended}, return_when=asyncio.FIRST_COMPLETED)
-                if not end.is_set():
-                    raise ServiceUnavailable(f"The bus is lost, and buffer {buffer.id} with it; allocate another.")
+                await end.wait()
+                if buffer.lost and not buffer.released:
+                    raise ServiceUnavailable(
+                        f"Buffer {buffer.id} was lost in a restart of the service or of the bus; allocate another."
+                    )
             finally:
                 server.close()
-                lost.cancel()
-                ended.cancel()
-                await asyncio.gather(lost, ended, return_exceptions=True)
 
 
 async def _serve(
