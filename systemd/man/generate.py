@@ -50,12 +50,19 @@ def parts() -> dict[str, Callable[[], list[str]]]:
         "config-options": sources.config_options,
         "allocator": xml(contract.ALLOCATOR_INTERFACE),
         "buffer": xml(contract.BUFFER_INTERFACE),
+        "admin": xml(contract.ADMIN_INTERFACE),
         "log-control": xml(contract.LOG_CONTROL_INTERFACE),
         "spec-keys": lambda: sources.keys(contract.SPEC_KEYS),
+        "wrap-keys": lambda: sources.keys(contract.WRAP_KEYS),
         "info-keys": lambda: sources.keys(contract.INFO_KEYS),
         "list-keys": lambda: sources.keys(
             {name: key for name, key in contract.LIST_KEYS.items() if name not in contract.INFO_KEYS}
         ),
+        "usage-keys": lambda: sources.keys(contract.USAGE_KEYS),
+        "recover-keys": lambda: sources.keys(contract.RECOVER_KEYS),
+        "recovered-keys": lambda: sources.keys(contract.RECOVERED_KEYS),
+        "events": sources.events,
+        "journal-fields": sources.journal_fields,
         "errors": lambda: sources.errors(contract.ERROR_PREFIX, contract.ERROR_MEANINGS),
     }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the manual pages are generated from: argument parsers, configuration keys, interface XML and the contract.
+"""What the manual pages are generated from: argument parsers, configuration keys, interfaces, contract and events.
 
 Each function answers with lines of roff. Where on a page they go is left to the prose.
 """
@@ -193,4 +193,28 @@ def errors(prefix: str, meanings: Mapping[ErrorName, Any]) -> list[str]:
     lines = []
     for name, meaning in meanings.items():
         lines += roff.definition(roff.bold(f"{prefix}{name}"), meaning)
+    return lines
+
+
+# ---- journal ----------------------------------------------------------------------------------------------------
+
+
+def events() -> list[str]:
+    """Return the MESSAGE_ID of each event that the journal is told of, and what the event is."""
+    from udmabufd.core.events import Event
+
+    lines = []
+    for event in Event:
+        lines += roff.definition(roff.bold(event.message_id), f"{event.subject}.")
+    return lines
+
+
+def journal_fields() -> list[str]:
+    """Return each field of the journal that is the daemon's own."""
+    from udmabufd.core.events import FIELDS
+    from udmabufd.system import journal
+
+    lines = []
+    for name, meaning in FIELDS.items():
+        lines += roff.definition(roff.bold(journal.FIELDS[name]), f"{meaning[0].upper()}{meaning[1:]}.")
     return lines
