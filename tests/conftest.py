@@ -19,16 +19,19 @@ STRICT = "UDMABUFD_STRICT"
 
 
 def pytest_configure() -> None:
-    """Take SIGINT, which whoever starts a test run in the background has made this process ignore."""
+    """Take SIGINT and SIGHUP, which whoever starts a test run in the background may have made this process ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs the guest elsewhere, and what only --long asks for."""
+    unzeroed = "init_on_alloc=0" in Path("/proc/cmdline").read_text().split()
+    elsewhere = {"guest": not IN_GUEST, "host": IN_GUEST, "unzeroed": not unzeroed, "zeroed": unzeroed}
     left_out = [
         item
         for item in items
-        if (item.get_closest_marker("guest") and not IN_GUEST) or (item.get_closest_marker("host") and IN_GUEST)
+        if any(absent and item.get_closest_marker(marker) for marker, absent in elsewhere.items())
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

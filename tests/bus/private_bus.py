@@ -89,10 +89,21 @@ class PrivateBus:
             )
         )
         self._log = (self._directory / "log").open("w+")
+        self._config = config
+        self.address = self._start()
+
+    def _start(self) -> str:
+        """Start the daemon; return where it listens."""
         ready, announce = os.pipe()
         try:
             self._process = subprocess.Popen(
-                ["dbus-daemon", f"--config-file={config}", "--nofork", "--nopidfile", f"--print-address={announce}"],
+                [
+                    "dbus-daemon",
+                    f"--config-file={self._config}",
+                    "--nofork",
+                    "--nopidfile",
+                    f"--print-address={announce}",
+                ],
                 pass_fds=[announce],
                 stderr=self._log,
             )
@@ -103,12 +114,13 @@ class PrivateBus:
         finally:
             os.close(announce)
         with open(ready) as announcement:
-            self.address = announcement.readline().strip()
-        if not self.address:
+            address = announcement.readline().strip()
+        if not address:
             status = self._process.wait()
             text = self.log()
             self._remove()
             raise RuntimeError(f"dbus-daemon exited with {status}: {text}")
+        return address
 
     @property
     def pid(self) -> int:
@@ -134,6 +146,12 @@ class PrivateBus:
         """Kill the daemon (SIGKILL) and wait for its end."""
         self._process.kill()
         self._process.wait()
+
+    def restart(self) -> None:
+        """Kill the daemon and start another that listens at the same path: to clients a bus with another id."""
+        self.kill()
+        (self._directory / "socket").unlink(missing_ok=True)
+        self._start()
 
     def close(self) -> None:
         """Kill the daemon and remove its files; harmless a second time."""

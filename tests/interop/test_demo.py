@@ -76,7 +76,7 @@ def test_strides_are_wider_than_rows(report: Report) -> None:
 
 
 def test_kernel_names_the_buffers(report: Report) -> None:
-    """bufinfo has both by the names that the client gave, with the service's figures, held by all three."""
+    """bufinfo has both by the names that the client gave, with the service's figures, held by all and the store."""
     for said, kernel in zip(report["buffers"], report["kernel"], strict=True):
         assert said["name"] == f"demo-{said['format'].lower()}-{report['seed'][:8]}"
         assert (kernel["name"], kernel["size"], kernel["inode"]) == (said["name"], said["size"], said["inode"])
@@ -84,7 +84,8 @@ def test_kernel_names_the_buffers(report: Report) -> None:
         # The service's descriptor, the client's, and the compositor's.
         assert kernel["count"] >= 3
         users = [holder.rpartition("(")[2].rstrip(")") for holder in kernel["holders"]]
-        assert sorted(users) == ["alice", "bob", "udmabufd"]
+        # root: the service manager's store.
+        assert sorted(users) == ["alice", "bob", "root", "udmabufd"]
 
 
 def test_command_on_a_host(report: Report, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "daemon/udmabufd/linux": ("udmabufd.linux", *BASE_FOR_KERNEL),
     "daemon/udmabufd/core": ("udmabufd.core", "udmabufd.linux", *BASE_FOR_KERNEL, *CONTRACT),
     "daemon/udmabufd/bus": ("udmabufd.bus", "udmabufd.core", "udmabufd_base", *CONTRACT),
-    "daemon/udmabufd/system": ("udmabufd.system", "udmabufd.linux", *CONTRACT),
+    "daemon/udmabufd/system": ("udmabufd.system", "udmabufd.core", "udmabufd.linux", "udmabufd_base.fd", *CONTRACT),
     "daemon/udmabufd": ("udmabufd", "udmabufd_base", *CONTRACT),
     "client/udmabufd_base": ("udmabufd_base",),
     "client/udmabufd_client": ("udmabufd_client", "udmabufd_base"),

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: MIT
+"""What the service's books have to say, worked out from the contract alone: buffers, shares, charges, times.
+
+Knows nothing of how the service does it. What a caller may be refused is asked before (`verdict`), what happened is
+told afterwards. A buffer's `fds` and `paths` are the descriptors that clients have of it, the O_PATH ones apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+REQUEST_GRACE = 10.0
+BUS_GRACE = 30.0
+HINT_SEEN = 6.0
+PROOF_TAKEN = 62.0
+"""Seconds within which the end of the last reference has to be noticed, without and with an O_PATH descriptor."""
+
+
+class Payer(NamedTuple):
+    """A user and an application of it."""
+
+    uid: int
+    application: str
+
+
+class Quotas(NamedTuple):
+    """The limits; 0 for none."""
+
+    bytes: int
+    wrapped: int
+    buffers: int
+    shares: int
+    application_bytes: int
+
+
+class Verdict(Enum):
+    """Whether a quota forbids something; either when that depends on what the service has noticed by now."""
+
+    ALLOWED = "allowed"
+    REFUSED = "refused"
+    EITHER = "either"
+
+
+@dataclass(eq=False)
+class Client:
+    """A connection."""
+
+    name: str
+    owner: Payer
+
+
+@dataclass(eq=False)
+class Known:
+    """A buffer as clients know it."""
+
+    size: int
+    kind: str
+    name: str
+    payer: Payer
+    asked: Hashable = None
+    """Of whom and with which request_id, while that stands for it or it may still be asked for."""
+    id: str = ""
+    ticket: str = ""
+    shares: dict[Client, int] = field(default_factory=dict)
+    told: set[Client] = field(default_factory=set)
+    """Who was told that a call with a request_id has brought it a share."""
+    unanswered: set[Client] = field(default_factory=set)
+    """Who has a share by a call with a request_id, and perhaps was never told so before the service was killed."""
+    backed: bool = False
+    state: str = "held"
+    """held, waiting (for those who held it, or asked for it, until `until`), lingering (since `since`)."""
+    kept: bool = False
+    until: float = 0.0
+    since: float = 0.0
+    shadowed: bool = False
+    """Somebody has opened it O_PATH."""
+    fds: list[Any] = field(default_factory=list)
+    paths: list[Any] = field(default_factory=list)
+
+    @property
+    def free(self) -> bool:
+        """Whether nothing references the memory that nobody holds, as far as the service can tell."""
+        return self.state == "lingering" and not self.fds and (self.kind == "wrapped" or not self.paths)
+
+
+class Books:
+    """See the module."""
+
+    def __init__(self, quotas: Quotas) -> None:
+        self.quotas = quotas
+        self.buffers: list[Known] = []
+        self.stands: dict[Hashable, tuple[Any, list[Known]]] = {}
+
+    # What is charged.
+
+    def charges(self, without: Collection[Known] = ()) -> dict[Payer, Counter[str]]:
+        """Return what each application has to be charged with, by resource; without some buffers."""
+        found: dict[Payer, Counter[str]] = {}
+
+        def charge(owner: Payer, what: str, amount: int) -> None:
+            found.setdefault(owner, Counter())[what] += amount
+
+        for buffer in self.buffers:
+            if buffer in without:
+                continue
+            if buffer.backed:
+                charge(buffer.payer, "wrapped" if buffer.kind == "wrapped" else "bytes", buffer.size)
+                if buffer.state == "lingering":
+                    charge(buffer.payer, "lingering", buffer.size)
+            for owner in {buffer.payer, *(client.owner for client in buffer.shares)}:
+                charge(owner, "buffers", 1)
+            for client in buffer.shares:
+                charge(client.owner, "shares", 1)
+        return found
+
+    def verdict(self, owner: Payer, more: dict[str, int], *, swept: bool = True) -> Verdict:
+        """Return whether `owner` may be charged with `more`. What is free, but was not noticed, must not be in the way
+        if it was looked at before (`swept`), and may be otherwise.
+        """
+        if self._fit(owner, more, ()):
+            return Verdict.ALLOWED
+        if not self._fit(owner, more, [b for b in self.buffers if b.free and b.payer.uid == owner.uid]):
+            return Verdict.REFUSED
+        return Verdict.ALLOWED if swept else Verdict.EITHER
+
+    def _fit(self, owner: Payer, more: dict[str, int], without: Collection[Known]) -> bool:
+        charges = self.charges(without)
+        user: Counter[str] = Counter()
+        for other, amounts in charges.items():
+            if other.uid == owner.uid:
+                user.update(amounts)
+        own = charges.get(owner, Counter())
+        for what, amount in more.items():
+            limit = getattr(self.quotas, what)
+            if limit and amount and user[what] + amount > limit:
+                return False
+        bytes_more, limit = more.get("bytes", 0), self.quotas.application_bytes
+        return not (limit and bytes_more and own["bytes"] + bytes_more > limit)
+
+    def to_share(self, buffer: Known, client: Client) -> dict[str, int]:
+        """Return what a share of `buffer` would cost `client`."""
+        if client in buffer.shares:
+            return {}
+        counted = {buffer.payer, *(holder.owner for holder in buffer.shares)}
+        return {"shares": 1, "buffers": int(client.owner not in counted)}
+
+    # What happens.
+
+    def made(self, client: Client, buffers: Iterable[Known], asked: Hashable = None, question: Any = None) -> None:
+        """`client` has made buffers."""
+        made = list(buffers)
+        for buffer in made:
+            buffer.shares[client] = 1
+            buffer.asked = asked
+            self.buffers.append(buffer)
+        if asked is not None:
+            self.stands[asked] = question, made
+
+    def share_again(self, buffer: Known, client: Client) -> None:
+        """`client` has repeated the call that made the buffer; what it was never told of, it is told of now."""
+        if client in buffer.unanswered:
+            buffer.unanswered.remove(client)
+        else:
+            self.share(buffer, client)
+
+    def share(self, buffer: Known, client: Client) -> None:
+        """`client` has got one more share."""
+        buffer.shares[client] = buffer.shares.get(client, 0) + 1
+        buffer.state, buffer.kept = "held", False
+        self._settle(buffer)
+
+    def release(self, buffer: Known, client: Client, now: float) -> None:
+        """`client` has given one share back."""
+        buffer.shares[client] -= 1
+        if not buffer.shares[client]:
+            self._leave(buffer, client, now)
+
+    def gone(self, client: Client, now: float) -> None:
+        """The connection of `client` has ended."""
+        for buffer in list(self.buffers):
+            if client in buffer.shares:
+                self._leave(buffer, client, now)
+
+    def pass_time(self, now: float) -> None:
+        """It is `now`."""
+        due = [buffer for buffer in self.buffers if buffer.state == "waiting" and buffer.until <= now]
+        for buffer in sorted(due, key=lambda buffer: buffer.until):
+            self._end(buffer, buffer.until)
+
+    def restarted(self, now: float) -> None:
+        """The service has come back; the times of whatever waits begin anew."""
+        for _, asked_for in self.stands.values():
+            for buffer in asked_for:
+                buffer.unanswered = set(buffer.shares) - buffer.told
+        for buffer in self.buffers:
+            if buffer.state == "waiting":
+                buffer.until = now + (BUS_GRACE if buffer.kept else REQUEST_GRACE)
+            if buffer.free:
+                buffer.since = now
+
+    def bus_restarted(self, now: float) -> None:
+        """The service has come back to another bus: all connections have ended."""
+        self.restarted(now)
+        for buffer in self.buffers:
+            if buffer.shares:
+                buffer.shares.clear()
+                buffer.unanswered.clear()
+                buffer.told.clear()
+                buffer.state, buffer.kept, buffer.until = "waiting", True, now + BUS_GRACE
+
+    def observed(self, ids: Collection[str], now: float) -> list[str]:
+        """Take out what was freed; return what should have been by now, or should be there."""
+        wrong = []
+        for buffer in list(self.buffers):
+            if buffer.id in ids:
+                if buffer.free and now > buffer.since + (PROOF_TAKEN if buffer.shadowed else HINT_SEEN):
+                    wrong.append(f"{buffer.id} should be free since {buffer.since}")
+            elif buffer.free:
+                self.buffers.remove(buffer)
+            else:
+                wrong.append(f"{buffer.id} ({buffer.state}) is gone")
+        return wrong
+
+    def _leave(self, buffer: Known, client: Client, now: float) -> None:
+        del buffer.shares[client]
+        buffer.unanswered.discard(client)
+        buffer.told.discard(client)
+        self._settle(buffer)
+        if buffer.shares:
+            return
+        if buffer.asked is not None:
+            buffer.state, buffer.until = "waiting", now + REQUEST_GRACE
+        else:
+            self._end(buffer, now)
+
+    def _end(self, buffer: Known, now: float) -> None:
+        if buffer.asked in self.stands and buffer in self.stands[buffer.asked][1]:
+            # An id stands for all of its buffers or for none.
+            for other in self.stands.pop(buffer.asked)[1]:
+                other.asked = None
+                other.unanswered.clear()
+        buffer.asked, buffer.kept = None, False
+        if buffer.backed and buffer.kind != "memfd":
+            buffer.state, buffer.since = "lingering", now
+        else:
+            self.buffers.remove(buffer)
+
+    def _settle(self, buffer: Known) -> None:
+        """The creator pays; once its user holds nothing any more, who has held it longest. Applications of one user
+        are told apart, and pay for each other first.
+        """
+        owners = [client.owner for client in buffer.shares]
+        if owners and buffer.payer not in owners:
+            buffer.payer = next((owner for owner in owners if owner.uid == buffer.payer.uid), owners[0])
