@@ -81,7 +81,7 @@ def test_closes(hanging: Hanging) -> None:
 @pytest.mark.root
 def test_a_server_that_never_answers(tmp_path: Path) -> None:
     """The real thing: the descriptors of one user hang, another's are closed; the death of the server frees all."""
-    closer = Closer()
+    closer = Closer(per_uid=16)
     with silent_file(tmp_path) as path:
         hanging = [OwnedFd(os.open(path, os.O_RDWR | os.O_CLOEXEC)) for _ in range(16)]
         closer.close(hanging, ALICE)
@@ -130,6 +130,20 @@ def test_full_for_one(hanging: Hanging) -> None:
     assert not closer.full(BOB)
     assert not closer.full(None)
     assert len(closers()) == 1
+    hanging.word.set()
+    await_true(lambda: not closer.full(ALICE))
+
+
+def test_the_descriptors_of_several_calls_may_be_open_still(hanging: Hanging) -> None:
+    """A client that brings 16 with each of its calls, as fast as they are answered, is not refused."""
+    closer = Closer()
+    for _ in range(3):
+        assert not closer.full(ALICE)
+        fds = descriptors(16)
+        hanging.choose(fds)
+        closer.close(fds, ALICE)
+    assert closer.full(ALICE)
+    assert not closer.full(BOB)
     hanging.word.set()
     await_true(lambda: not closer.full(ALICE))
 

@@ -26,13 +26,14 @@ STUCK: Final = 1.0
 
 
 class Closer:
-    """See the module. `per_uid` and `total` are numbers of descriptors that are given, but not yet closed.
+    """See the module. `per_uid` and `total` are numbers of descriptors that are given, but not yet closed: those of
+    some messages for a user, since even what does not hang is closed a moment later.
 
     The threads are not waited for, not even at the end of the process. That one hangs is told when it matters: when
     there is more of the same uid to close, or no more can be taken from it. `clock` gives seconds, monotonic.
     """
 
-    def __init__(self, per_uid: int = 16, total: int = 1024, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, per_uid: int = 48, total: int = 1024, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_uid = per_uid
         self._total = total
         self._clock = clock
