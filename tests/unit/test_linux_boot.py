@@ -84,6 +84,70 @@ def test_no_command_line(tmp_path: Path) -> None:
     assert boot.zeroed_at_allocation(tmp_path / "missing", [config(tmp_path / "on", ON)]) is False
 
 
+FLAGS = "processor\t: 0\nflags\t\t: fpu mtrr pge cmov pat pse36\nbugs\t\t: none\n"
+WITH_PAT, WITHOUT_PAT = "CONFIG_X86_PAT=y\n", "# CONFIG_X86_PAT is not set\n"
+
+
+def combining(
+    tmp_path: Path, cmdline: str = "quiet", cpuinfo: str = FLAGS, text: str = WITH_PAT, machine: str = "x86_64"
+) -> bool:
+    """Ask of a machine that is so."""
+    (tmp_path / "cmdline").write_text(cmdline)
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    configs = [config(tmp_path / "config", text)]
+    return boot.write_combining(tmp_path / "cmdline", tmp_path / "cpuinfo", configs, machine)
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "expected"),
+    [
+        ("quiet", True),
+        ("quiet nopat", False),
+        ("nopat=0", False),
+        ('"nopat" quiet', False),
+        ("nopatx xnopat", True),
+        ("a='nopat'", True),
+        ('dyndbg="file nopat"', True),
+        ("quiet -- nopat", True),
+    ],
+)
+def test_page_attribute_tables_can_be_turned_off(tmp_path: Path, cmdline: str, expected: bool) -> None:
+    """By a parameter of whatever value."""
+    assert combining(tmp_path, f"{cmdline}\n") is expected
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "i686"])
+def test_a_processor_may_lack_them(tmp_path: Path, machine: str) -> None:
+    """Or what older kernels want beside them."""
+    assert combining(tmp_path, machine=machine)
+    for flag in (" pat", " mtrr"):
+        assert not combining(tmp_path, cpuinfo=FLAGS.replace(flag, ""), machine=machine)
+    assert not combining(tmp_path, cpuinfo="processor\t: 0\n", machine=machine)
+
+
+def test_a_kernel_may_lack_them(tmp_path: Path) -> None:
+    """Which its configuration tells; without one, it is as almost all are."""
+    assert not combining(tmp_path, text=WITHOUT_PAT)
+    assert combining(tmp_path)
+    assert boot.write_combining(tmp_path / "cmdline", tmp_path / "cpuinfo", [tmp_path / "missing"], "x86_64")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """They might say no."""
+    assert combining(tmp_path)
+    for name in ("cmdline", "cpuinfo"):
+        (tmp_path / name).rename(tmp_path / "away")
+        assert not boot.write_combining(tmp_path / "cmdline", tmp_path / "cpuinfo", [], "x86_64")
+        (tmp_path / "away").rename(tmp_path / name)
+
+
+@pytest.mark.parametrize(("machine", "expected"), [("aarch64", True), ("armv7l", True), ("riscv64", False)])
+def test_other_machines(tmp_path: Path, machine: str, expected: bool) -> None:
+    """What is not known counts as no."""
+    assert combining(tmp_path, "nopat", "", WITHOUT_PAT, machine) is expected
+
+
 def test_this_kernel() -> None:
     """Some answer comes from the files of the machine at hand."""
     assert boot.zeroed_at_allocation() in (True, False)
+    assert boot.write_combining() in (True, False)

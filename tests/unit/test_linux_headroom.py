@@ -40,9 +40,9 @@ class Tree:
         for name, value in files.items():
             (group / f"memory.{name}").write_text(f"{value}\n")
 
-    def read(self) -> Room:
+    def read(self, beside: int = 0) -> Room:
         """Ask the module."""
-        return Headroom(self.root, self.proc).read()
+        return Headroom(self.root, self.proc).read(beside)
 
 
 OWN = "udmabufd.slice/udmabufd.service"
@@ -91,6 +91,15 @@ def test_beyond_the_limit(tree: Tree) -> None:
     """memory.high can be exceeded; then there is less than nothing."""
     tree.group("udmabufd.slice", high=80 * MIB)
     assert tree.read().available == -10 * MIB
+
+
+def test_memory_that_is_charged_to_no_group(tree: Tree) -> None:
+    """It counts against the limits of the groups, and not twice against the machine, where it shows."""
+    tree.group("udmabufd.slice", max=200 * MIB)
+    assert tree.read(50 * MIB) == Room(60 * MIB, "memory.max of udmabufd.slice", 200 * MIB, 140 * MIB)
+    assert tree.read(120 * MIB).available == -10 * MIB
+    tree.group("udmabufd.slice", max="max")
+    assert tree.read(50 * MIB) == MACHINE
 
 
 def test_root_of_a_namespace(tree: Tree) -> None:

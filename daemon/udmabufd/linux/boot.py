@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What this boot's kernel does to memory that it hands out; what follows from it is left to the caller."""
+"""What this boot's kernel does to memory that it hands out or maps; what follows from it is left to the caller."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 _CMDLINE: Final = Path("/proc/cmdline")
+_CPUINFO: Final = Path("/proc/cpuinfo")
 
 _YES: Final = ("y", "1", "on")
 _NO: Final = ("n", "f", "d", "0", "of")
@@ -28,27 +29,65 @@ def zeroed_at_allocation(cmdline: Path = _CMDLINE, configs: Sequence[Path] | Non
     (init_mem_debugging_and_hardening, mm/mm_init.c).
     """
     try:
-        parameters = _parameters(cmdline.read_text(encoding="utf-8", errors="replace"))
+        parameters = _booleans(_words(cmdline))
     except OSError:
         return False
     if parameters.get("page_poison"):
         return False
     asked = parameters.get("init_on_alloc")
-    return _is_default(_configs() if configs is None else configs) if asked is None else asked
+    if asked is not None:
+        return asked
+    return _setting("CONFIG_INIT_ON_ALLOC_DEFAULT_ON", _configs() if configs is None else configs) is True
 
 
-def _parameters(cmdline: str) -> dict[str, bool]:
-    """Return the parameters of a kernel's command line that are booleans, as the kernel reads them.
+def write_combining(
+    cmdline: Path = _CMDLINE,
+    cpuinfo: Path = _CPUINFO,
+    configs: Sequence[Path] | None = None,
+    machine: str | None = None,
+) -> bool:
+    """Return whether a mapping that a driver asks to be write-combined is known to be: else it is uncached.
 
-    Split outside of quotes up to "--" (next_arg, lib/cmdline.c), the last counts, '-' is '_' in names (parameq,
-    kernel/params.c), and a value that is none is as if not there.
+    arm has it always (pgprot_writecombine is normal non-cacheable memory there). On x86 it takes page attribute
+    tables (arch/x86/mm/pat/memtype.c): processor with PAT, and with MTRR, without which kernels before 6.2 do not use
+    it; no `nopat` on the command line; no CONFIG_X86_PAT=n in the first of `configs` that can be read, by default
+    those of zeroed_at_allocation(). What cannot be found out is False, and so is every other `machine` (uname -m).
+    """
+    machine = os.uname().machine if machine is None else machine
+    if machine.startswith(("aarch64", "arm")):
+        return True
+    if not re.fullmatch(r"x86_64|i[3-6]86", machine):
+        return False
+    try:
+        # An early parameter, which means what it says whatever its value is (do_early_param, init/main.c).
+        if any(word.partition("=")[0] == "nopat" for word in _words(cmdline)):
+            return False
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    except OSError:
+        return False
+    if flags is None or not {"pat", "mtrr"} <= set(flags[1].split()):
+        return False
+    return _setting("CONFIG_X86_PAT", _configs() if configs is None else configs) is not False
+
+
+def _words(cmdline: Path) -> list[str]:
+    """Return the words of a kernel's command line, without quotes.
+
+    Split outside of quotes up to "--" (next_arg, lib/cmdline.c). Raises OSError.
+    """
+    text = cmdline.read_text(encoding="utf-8", errors="replace")
+    words = [word.replace('"', "") for word in re.findall(r'(?:"[^"]*"?|[^\s"])+', text)]
+    return words[: words.index("--")] if "--" in words else words
+
+
+def _booleans(words: Sequence[str]) -> dict[str, bool]:
+    """Return the parameters that are booleans, as the kernel reads them.
+
+    The last counts, '-' is '_' in names (parameq, kernel/params.c), and a value that is none is as if not there.
     """
     found = {}
-    for word in re.findall(r'(?:"[^"]*"?|[^\s"])+', cmdline):
-        text = word.replace('"', "")
-        if text == "--":
-            break
-        name, _, value = text.partition("=")
+    for word in words:
+        name, _, value = word.partition("=")
         value = value.lower()
         if value.startswith((*_YES, *_NO)):
             found[name.replace("-", "_")] = value.startswith(_YES)
@@ -60,12 +99,13 @@ def _configs() -> list[Path]:
     return [Path(f"/boot/config-{release}"), Path(f"/lib/modules/{release}/config"), Path("/proc/config.gz")]
 
 
-def _is_default(configs: Sequence[Path]) -> bool:
+def _setting(name: str, configs: Sequence[Path]) -> bool | None:
+    """Return whether the first of `configs` that can be read says `name`=y; None if none can be read."""
     for path in configs:
         try:
             data = path.read_bytes()
             text = gzip.decompress(data) if path.suffix == ".gz" else data
         except (OSError, EOFError, zlib.error):
             continue
-        return b"CONFIG_INIT_ON_ALLOC_DEFAULT_ON=y" in text.splitlines()
-    return False
+        return f"{name}=y".encode() in text.splitlines()
+    return None

@@ -47,15 +47,17 @@ class Headroom:
         self._root = cgroup_root
         self._proc = proc
 
-    def read(self) -> Room:
+    def read(self, beside: int = 0) -> Room:
         """Return the least room there is at present; a few small files are read. Raises OSError without /proc.
+
+        `beside` bytes are counted as used by the control groups, though the kernel charges them to none.
 
         Page cache that is charged to a group counts as in use, though the kernel would drop it before it kills: some
         20 MiB for a service in Python (its modules), to the safe side, and memory.stat would cost more to read.
         """
         rooms = [self._machine()]
         for group in self._groups():
-            rooms += _of_group(group, group.name if group != self._root else "the root control group")
+            rooms += _of_group(group, group.name if group != self._root else "the root control group", beside)
         return min(rooms, key=lambda room: room.available)
 
     def shared_memory(self) -> int | None:
@@ -108,9 +110,9 @@ def free_fds(proc: Path = _PROC) -> int:
     return soft - count
 
 
-def _of_group(group: Path, name: str) -> list[Room]:
+def _of_group(group: Path, name: str, beside: int) -> list[Room]:
     try:
-        present = int((group / "memory.current").read_bytes())
+        present = int((group / "memory.current").read_bytes()) + beside
     except OSError:
         return []  # No memory controller here, or the root; a limit without a figure of its own is one of those above.
     rooms = []
