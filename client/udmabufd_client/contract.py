@@ -54,9 +54,10 @@ class ErrorName(StrEnum):
 ERROR_MEANINGS: Final[dict[ErrorName, str]] = {
     ErrorName.INVALID_SPEC: "A key or argument is unknown, of the wrong type, out of range, or contradicts another; "
     "the message names it.",
-    ErrorName.INCOMPATIBLE_CONSTRAINTS: "Two devices have no value in common for a constraint.",
+    ErrorName.INCOMPATIBLE_CONSTRAINTS: "The constraints of two devices have no value in common; the message names "
+    "the key and both.",
     ErrorName.NO_ALLOCATOR: "No enabled allocator matches what was asked for.",
-    ErrorName.NO_SUCH_DEVICE: "The device is not known to udev.",
+    ErrorName.NO_SUCH_DEVICE: "The device is not known to udev, or is gone.",
     ErrorName.NO_SUCH_BUFFER: "There is no such buffer, or the caller holds no share of it.",
     ErrorName.ACCESS_DENIED: "The caller may not do this.",
     ErrorName.NOT_SUPPORTED: "This kernel or this kind of buffer cannot do it.",
@@ -114,9 +115,16 @@ class CacheEvidence(StrEnum):
 
 
 UDMABUF: Final = "udmabuf"
+UDMABUF_2M: Final = "udmabuf-2M"
+UDMABUF_1G: Final = "udmabuf-1G"
 MEMFD: Final = "memfd"
 WRAPPED: Final = "wrapped"
-"""Names of the allocators of this version."""
+HEAP_PREFIX: Final = "heap:"
+DUMB_PREFIX: Final = "dumb:"
+"""Names of the allocators: the prefixes are followed by the name of a dma-heap, and of a DRM card (`card0`)."""
+
+MAX_ATTACHMENTS: Final = 64
+"""Attachments that a buffer has at the same time."""
 
 MAX_FDS_PER_MESSAGE: Final = 16
 """dbus-daemon's max_message_unix_fds default, and so the largest count of AllocateMany."""
@@ -143,6 +151,27 @@ class Key(NamedTuple):
     meaning: str
 
 
+CONSTRAINT_KEYS: Final[dict[str, Key]] = {
+    "address_bits": Key("u", "Physical addresses have at most so many bits, 1 to 64."),
+    "alignment": Key("t", "Bytes of which the physical address of each segment's start is a multiple."),
+    "size_alignment": Key("t", "Bytes of which the buffer's size is a multiple."),
+    "tail_padding": Key("t", "Bytes that follow the picture, or the size asked for."),
+    "stride_alignment": Key("u", "Bytes of which each stride is a multiple."),
+    "height_alignment": Key("u", "Rows: memory is laid out for a height that is a multiple of it."),
+    "max_stride": Key("u", "Bytes of the longest stride."),
+    "max_segments": Key(
+        "u", "Physically adjacent runs of memory, cut at max_segment_size and segment_boundary, that may make it up."
+    ),
+    "max_segment_size": Key("t", "Bytes of the longest segment."),
+    "segment_boundary": Key("t", "Bytes, a power of two: no segment crosses a multiple of it."),
+    "contiguous": Key("b", "The same as max_segments 1."),
+    "cache": Key("as", "Cache attributes of CPU mappings that are accepted."),
+    "allocators": Key(
+        "as", "Allocators that are accepted; heap:* stands for all dma-heaps, dumb:* for all cards' dumb buffers."
+    ),
+}
+"""Keys of `constraints`, in the order in which they are explained; one that is absent demands nothing."""
+
 SPEC_KEYS: Final[dict[str, Key]] = {
     "size": Key("t", "Bytes wanted, rounded up to whole pages. Either this or width, height and format."),
     "width": Key("u", "Pixels in a row."),
@@ -152,6 +181,12 @@ SPEC_KEYS: Final[dict[str, Key]] = {
     "kind": Key("s", "dma-buf (default), or memfd: a sealed memfd for wl_shm and CPU sharing."),
     "cache": Key("s", "Cache attribute of CPU mappings: cached (default), write-combine or uncached."),
     "cache_policy": Key("s", "prefer (default) takes what can be had; require refuses anything but cache."),
+    "constraints": Key("a{sv}", "What the memory must be like beside what the devices need: see CONSTRAINT KEYS."),
+    "devices": Key(
+        "as",
+        "Devices that will touch the buffer, each a device node, a sysfs path or subsystem:name. They become static "
+        "attachments of the caller, numbered from 1 in this order.",
+    ),
     "allocator": Key("s", "Take memory from this allocator and no other."),
     "request_id": Key(
         "s",
@@ -164,6 +199,8 @@ SPEC_KEYS: Final[dict[str, Key]] = {
 
 WRAP_KEYS: Final[dict[str, Key]] = {
     "name": Key("s", "As in spec."),
+    "constraints": Key("a{sv}", "As in spec."),
+    "devices": Key("as", "As in spec."),
     "request_id": Key("s", "As in spec."),
 }
 """Keys of the options of WrapMemfd."""
@@ -173,8 +210,16 @@ RECOVER_KEYS: Final[dict[str, Key]] = {
 }
 """Keys of the options of Recover."""
 
-GET_FD_KEYS: Final[dict[str, Key]] = {}
-"""Keys of the options of GetFd; none yet."""
+GET_FD_KEYS: Final[dict[str, Key]] = {
+    "attachment": Key("u", "The caller's attachment that the descriptor is for."),
+}
+"""Keys of the options of GetFd."""
+
+ATTACH_KEYS: Final[dict[str, Key]] = {
+    "constraints": Key("a{sv}", "What the device needs beside what is known of it: see CONSTRAINT KEYS."),
+    "dynamic": Key("b", "The importer can be told to use other memory; false if absent."),
+}
+"""Keys of the options of Attach."""
 
 INFO_KEYS: Final[dict[str, Key]] = {
     "size": Key("t", "Bytes of the file descriptor, in whole pages: what is charged."),
@@ -215,6 +260,60 @@ LIST_KEYS: Final[dict[str, Key]] = {
 }
 """Keys of each entry of ListBuffers; a key that does not apply is absent."""
 
+ATTACHMENT_KEYS: Final[dict[str, Key]] = {
+    "attachment": Key("u", "Its number, never used again for this buffer."),
+    "device": Key("s", "The device, as Attach or spec.devices named it."),
+    "dynamic": Key("b", "As in Attach."),
+    "pins": Key("u", "How often it is pinned."),
+    "own": Key("b", "Whether it is the asking connection's."),
+}
+"""Keys of each row of the property Attachments."""
+
+VERDICT_KEYS: Final[dict[str, Key]] = {
+    "allocator": Key("s", "The allocator."),
+    "ok": Key("b", "Whether it would be asked for the memory."),
+    "field": Key("s", "The key of constraints or spec for which it refuses, empty if for no key."),
+    "device": Key("s", "Whose constraint that is: a device, or spec; empty if nobody's."),
+    "reason": Key("s", "What does not suit, with the figures."),
+    "remedy": Key("s", "What would make it suit; empty if nothing would."),
+}
+"""Keys of each row of Explain; the last four are absent where it would be asked."""
+
+DEVICE_KEYS: Final[dict[str, Key]] = {
+    "device": Key("s", "What Attach takes: the device node, or subsystem:name where there is none."),
+    "subsystem": Key("s", "The kernel's subsystem, such as drm or video4linux."),
+    "label": Key("s", "What the device calls itself."),
+    "driver": Key("s", "The driver of the device that does the DMA, where one is bound."),
+    "dma_device": Key("s", "The device that does the DMA, subsystem:name."),
+    "dma_mask_bits": Key("u", "Bits of the addresses that it can reach, where sysfs tells."),
+    "iommu_group": Key("s", "Its IOMMU group; absent without an IOMMU."),
+    "iommu_type": Key("s", "How the IOMMU translates for it, such as DMA or identity."),
+    "numa_node": Key("u", "The NUMA node that it is near to, where there is one."),
+    "constraints": Key("a{sv}", "What memory for it must be like: see CONSTRAINT KEYS."),
+    "sources": Key("a{ss}", "Where each of these constraints is known from, by key."),
+}
+"""Keys of each row of ListDevices; a key that does not apply is absent."""
+
+ALLOCATOR_KEYS: Final[dict[str, Key]] = {
+    "allocator": Key("s", "Its name."),
+    "kind": Key("s", "What it hands out: dma-buf or memfd."),
+    "available": Key("b", "Whether it can serve at present."),
+    "reason": Key("s", "Why it cannot, where it cannot."),
+    "max_size": Key("t", "Bytes of the largest buffer that it gives at present."),
+    "granule": Key("t", "Bytes of the physically contiguous, naturally aligned pieces that its memory consists of."),
+    "contiguous": Key("b", "Whether a whole buffer is one physically contiguous run."),
+    "address_bits": Key("u", "Bits of its physical addresses, where that is known."),
+    "cache": Key("s", "Cache attribute of its CPU mappings."),
+    "cache_evidence": Key("s", "How that is known: default, driver, probe or measured."),
+    "accounting": Key(
+        "s",
+        "Whom the kernel charges for the memory: service, pool (huge pages set aside), system (nobody's control "
+        "group), or client.",
+    ),
+    "free": Key("t", "Bytes left in its pool, where it has one."),
+    "sources": Key("a{ss}", "Where each of these figures is known from, by key."),
+}
+"""Keys of each row of ListAllocators; a key that does not apply is absent."""
 
 USAGE_KEYS: Final[dict[str, Key]] = {
     "uid": Key("u", "The user."),
@@ -242,8 +341,14 @@ def types(keys: Mapping[str, Key]) -> dict[str, str]:
     return {name: key.type for name, key in keys.items()}
 
 
+CONSTRAINT_TYPES: Final = types(CONSTRAINT_KEYS)
 SPEC_TYPES: Final = types(SPEC_KEYS)
 GET_FD_TYPES: Final = types(GET_FD_KEYS)
+ATTACH_TYPES: Final = types(ATTACH_KEYS)
+ATTACHMENT_TYPES: Final = types(ATTACHMENT_KEYS)
+VERDICT_TYPES: Final = types(VERDICT_KEYS)
+DEVICE_TYPES: Final = types(DEVICE_KEYS)
+ALLOCATOR_TYPES: Final = types(ALLOCATOR_KEYS)
 INFO_TYPES: Final = types(INFO_KEYS)
 LIST_TYPES: Final = types(LIST_KEYS)
 WRAP_TYPES: Final = types(WRAP_KEYS)
