@@ -39,6 +39,42 @@ def test_known_layouts(
     assert (layout.strides, layout.offsets, layout.size) == (strides, offsets, size)
 
 
+@pytest.mark.parametrize(
+    ("fourcc", "width", "height", "alignment", "offsets", "size"),
+    [
+        # 1600 x 1068 with rows padded to 1072: 6400 bytes a row, 4 rows are the 24,576 bytes (and 1,024 of the last
+        # page) by which radeonsi found such a buffer too small.
+        ("XR24", 1600, 1068, 16, (0,), 6400 * 1072),
+        # Chroma follows the padded luma and has half of the padded rows.
+        ("NV12", 1920, 1080, 16, (0, 2048 * 1088), 2048 * (1088 + 544)),
+        ("NV12", 1920, 1088, 16, (0, 2048 * 1088), 2048 * (1088 + 544)),
+        ("YU12", 5, 3, 4, (0, 1024, 1024 + 512), 1024 + 512 + 512),
+        # No power of two, and no multiple of the subsampling.
+        ("NV12", 256, 10, 3, (0, 256 * 12), 256 * (12 + 6)),
+        ("NV12", 256, 1, 5, (0, 256 * 5), 256 * (5 + 3)),
+        ("YUV9", 256, 1, 2, (0, 512, 768), 1024),
+    ],
+)
+def test_padded_heights(
+    fourcc: str, width: int, height: int, alignment: int, offsets: tuple[int, ...], size: int
+) -> None:
+    layout = linear(fourcc, width, height, height_alignment=alignment)
+    assert (layout.offsets, layout.size) == (offsets, size)
+
+
+@given(
+    st.sampled_from(sorted(FORMATS)), st.integers(1, 1 << 32), st.integers(1, 1 << 32), st.integers(1, (1 << 32) - 1)
+)
+def test_a_padded_height_is_that_of_the_padded_picture(fourcc: str, width: int, height: int, alignment: int) -> None:
+    layout = linear(fourcc, width, height, height_alignment=alignment)
+    padded = height + -height % alignment
+    assert layout == linear(fourcc, width, padded)
+    plain = linear(fourcc, width, height)
+    assert layout.strides == plain.strides
+    assert layout.size >= plain.size
+    assert (layout == plain) or padded > height
+
+
 def test_every_fourcc_has_four_characters() -> None:
     assert {len(fourcc) for fourcc in FORMATS} == {4}
     assert "R8  " in FORMATS

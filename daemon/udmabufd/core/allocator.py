@@ -1,17 +1,58 @@
 # SPDX-License-Identifier: MIT
-"""What an allocator is: a name, a kind, a largest size, a verdict on a request, and the allocation itself.
+"""What an allocator is: its capabilities as data, whether it can serve at present, a verdict on a request, and the
+allocation itself.
 
-One file per allocator beside this one, one line for it in app.py. Order and choice are the pool's.
+One file per allocator beside this one, one line for it in udmabufd/allocators.py. What the capabilities mean for a
+request is judged in matching.py, alike for all; order and choice are the pool's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from udmabufd.core.errors import AllocatorError, CacheUnavailable
-from udmabufd.core.memory import Memory
-from udmabufd.core.spec import Request
-from udmabufd_client.contract import Cache, CachePolicy, Kind
+from udmabufd.core.errors import AllocatorError
+from udmabufd.core.memory import Accounting, Memory
+from udmabufd.core.spec import PAGE_SIZE, Request
+from udmabufd_client.contract import Cache, CacheEvidence, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What all memory of an allocator is like.
+
+    `granule` (bytes, a power of two) is the size of the physically contiguous and naturally aligned pieces that it
+    consists of; `contiguous` that a whole buffer is one run, aligned to the granule; `address_bits` how many bits its
+    physical addresses have at most, None for those of the machine's memory. Sizes are multiples of `size_step` bytes.
+    `cache` is what CPU mappings are, `evidence` how that is known. `sources` tells, by key of the contract's
+    ALLOCATOR_KEYS, where a figure is known from.
+    """
+
+    kind: Kind
+    granule: int = PAGE_SIZE
+    contiguous: bool = False
+    address_bits: int | None = None
+    size_step: int = PAGE_SIZE
+    cache: Cache = Cache.CACHED
+    evidence: CacheEvidence = CacheEvidence.DEFAULT
+    accounting: Accounting = Accounting.SERVICE
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why an allocator does not suit: the key of `constraints` or `spec` that decides, whose demand it is (a device,
+    or "spec"; "" for nobody's), what does not suit, with the figures, and what would help ("" if nothing would).
+
+    `error` is what a call is refused with if no other allocator suits.
+    """
+
+    field: str
+    device: str
+    reason: str
+    remedy: str
+    error: AllocatorError
 
 
 class Populate(Protocol):
@@ -23,35 +64,39 @@ class Populate(Protocol):
 
 
 class Allocator(Protocol):
-    """A source of memory. match() must not block and may be called from any thread; allocate() blocks."""
+    """A source of memory. Only allocate() and close() block; all else may be called from any thread."""
 
     @property
     def name(self) -> str:
         """One of the allocator names of the contract."""
 
     @property
-    def kind(self) -> Kind:
-        """What it hands out."""
+    def capabilities(self) -> Capabilities:
+        """What its memory is like."""
 
     @property
-    def unavailable(self) -> AllocatorError | None:
+    def unavailable(self) -> Refusal | None:
         """Why it can serve nothing at present, or None."""
 
     @property
     def max_size(self) -> int:
         """Bytes of the largest buffer it gives at present; 0 while unavailable."""
 
-    def match(self, request: Request) -> AllocatorError | None:
-        """Return why it cannot serve `request`, or None if it can."""
+    @property
+    def free(self) -> int | None:
+        """Bytes left in its pool; None where it has none."""
 
-    def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
-        """Make the memory, named `name`, owned by the caller; `populate` fills it, if it is to be filled. Raises
-        OSError, AllocatorError; nothing is left behind then.
+    def match(self, request: Request) -> tuple[Refusal, ...]:
+        """Return why it cannot serve `request`, the reason that decides first; nothing if it can.
+
+        That a pool is empty shows only when allocating.
         """
 
+    def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
+        """Make the memory, of at least request.size bytes rounded up to whole size_steps, named `name`, owned by the
+        caller; `populate` fills it, if it is to be filled. Blocks. Raises OSError, AllocatorError; nothing is left
+        behind then. ENOMEM and ENOSPC, and OutOfMemory, say that another allocator may have some.
+        """
 
-def refuse_other_caches(request: Request) -> AllocatorError | None:
-    """Return the refusal of an allocator whose mappings are cached, if `request` requires anything else."""
-    if request.cache_policy is CachePolicy.REQUIRE and request.cache is not Cache.CACHED:
-        return CacheUnavailable(f"cache: {request.cache} is required, and the enabled allocators map memory cached")
-    return None
+    def close(self) -> None:
+        """Close its device; what it has given stays as it is."""

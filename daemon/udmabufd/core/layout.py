@@ -103,8 +103,14 @@ def _align(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
 
 
-def linear(fourcc: str, width: int, height: int, *, stride_alignment: int = STRIDE_ALIGNMENT) -> Layout:
-    """Lay out a picture of `width` x `height` pixels, all planes in one buffer. Raises KeyError: unknown fourcc."""
+def linear(
+    fourcc: str, width: int, height: int, *, stride_alignment: int = STRIDE_ALIGNMENT, height_alignment: int = 1
+) -> Layout:
+    """Lay out a picture of `width` x `height` pixels, all planes in one buffer, each stride a multiple of
+    `stride_alignment` bytes, and each plane with the rows of a height that is a multiple of `height_alignment` rows of
+    pixels. Raises KeyError: unknown fourcc.
+    """
+    rows = _align(height, height_alignment)
     offsets: list[int] = []
     strides: list[int] = []
     end = 0
@@ -112,5 +118,5 @@ def linear(fourcc: str, width: int, height: int, *, stride_alignment: int = STRI
         stride = _align(plane.row_bytes(width), stride_alignment)
         offsets.append(end)
         strides.append(stride)
-        end += stride * plane.rows(height)
+        end += stride * plane.rows(rows)
     return Layout(tuple(offsets), tuple(strides), end)
