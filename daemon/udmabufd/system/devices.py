@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Watches udev for the devices that the service uses: today /dev/udmabuf alone.
+"""Watches udev for devices coming and going: those that memory comes from, and those that buffers are attached to.
 
 Events arrive on the event loop, without a thread. Where udev does not run, the kernel's own events are listened to:
 they come before anybody has set a node's permissions, but then nobody will. Whether a node can be opened, and what its
@@ -11,95 +11,82 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
-import socket
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
-import pyudev
+from udmabufd.system.udev import UdevEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
-    Callback = Callable[[str, str], None]
+    from udmabufd.system.udev import UdevDevice, UdevEvent
+
+    Callback = Callable[[str, "DeviceEvent"], None]
 
 log = logging.getLogger(__name__)
 
-WATCHED: Final[dict[str, frozenset[str]]] = {"misc": frozenset({"udmabuf"})}
-"""Kernel subsystem -> names of the devices of it that matter."""
+WATCHED: Final[dict[str, frozenset[str] | None]] = {
+    "misc": frozenset({"udmabuf"}),
+    "dma_heap": None,
+    "drm": None,
+    "video4linux": None,
+    "accel": None,
+    "media": None,
+}
+"""Kernel subsystem -> names of the devices of it that matter, None for all."""
 
 MAX_EVENTS_PER_TURN: Final = 64
 """Events read in one turn of the loop, so that a flood of them does not keep others waiting."""
 
-UDEV_CONTROL: Final = "/run/udev/control"
-"""Exists while systemd-udevd runs."""
+
+@dataclass(frozen=True, slots=True)
+class DeviceEvent:
+    """The device that something happened to: its subsystem, the kernel's name, its node and its path in sysfs."""
+
+    subsystem: str
+    sysname: str
+    node: str | None
+    path: str
 
 
 class Source(Protocol):
-    """What is used of udev, so that tests can put their own in its place."""
+    """What is used of UdevEvents, so that tests can put their own in its place."""
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when there are events."""
 
-    def receive(self) -> Any | None:
+    def add(self, subsystem: str) -> None:
+        """Take events of this subsystem, too. Raises OSError."""
+
+    def set(self, subsystems: Iterable[str]) -> None:
+        """Take events of these subsystems alone. Raises OSError."""
+
+    def receive(self) -> UdevEvent | None:
         """Return the next event's device, None when there is none. Raises OSError, ENOBUFS when events were lost."""
 
-    def present(self) -> Iterable[Any]:
-        """Return the devices that exist now."""
-
-
-class UdevSource:
-    """The real thing: a netlink monitor and an enumeration of pyudev."""
-
-    def __init__(self) -> None:
-        """Subscribe to events. Raises OSError when the kernel does not let us."""
-        self._context = pyudev.Context()
-        source = "udev" if Path(UDEV_CONTROL).exists() else "kernel"
-        if source == "kernel":
-            log.info("udev does not run here; listening to the kernel's own device events")
-        self._monitor = pyudev.Monitor.from_netlink(self._context, source=source)
-        for subsystem in WATCHED:
-            self._monitor.filter_by(subsystem)
-        self._monitor.start()
-
-    def fileno(self) -> int:
-        """Return the descriptor of the netlink socket; it is pyudev's."""
-        return int(self._monitor.fileno())
-
-    def receive(self) -> Any | None:
-        """Return the next event's device, None when there is none. Raises OSError."""
-        try:
-            return self._monitor.poll(timeout=0)
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            # pyudev polls before it reads, and says of an error only that there is one. It is the socket's still.
-            with socket.socket(fileno=os.dup(self.fileno())) as duplicate:
-                number = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            raise OSError(number, os.strerror(number)) from error
-
-    def present(self) -> Iterable[Any]:
-        """Return the devices of the watched subsystems that exist now."""
-        for subsystem, names in WATCHED.items():
-            for name in names:
-                yield from self._context.list_devices(subsystem=subsystem, sys_name=name)
+    def present(self, subsystem: str, names: Iterable[str] | None) -> Iterable[UdevDevice]:
+        """Return the devices of a subsystem that exist now; with `names`, those that are called so."""
 
 
 class DeviceMonitor:
     """Tells a callback of each event of the watched devices; a context manager, to be entered on the event loop.
 
-    The callback gets the action (`add`, `change`, `remove`, ... as udev has it) and the device node's path. When
-    events were lost, each device that is there is told as `add`, and each that is gone as `remove`. Those that are
-    there at the start are in `nodes`.
+    The callback gets the action (`add`, `change`, `remove`, ... as udev has it) and the device. When events were
+    lost, each device that is there is told as `add`, and each that is gone as `remove`. Those that are there at the
+    start are in `devices`.
     """
 
     def __init__(self, callback: Callback, *, source: Source | None = None) -> None:
         """Subscribe; nothing is told before `start()`. Raises OSError when no events can be had."""
         self._callback = callback
-        self._source: Source = UdevSource() if source is None else source
+        self._source: Source = UdevEvents(WATCHED) if source is None else source
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._known: set[str] = set()
+        self._known: dict[str, DeviceEvent] = {}
+        self._subsystems = set(WATCHED)
+        self._watched: dict[str, DeviceEvent] = {}
         self._lost = False
+        self._generation = 0
 
     def __enter__(self) -> Self:
         """Start."""
@@ -111,9 +98,47 @@ class DeviceMonitor:
         self.stop()
 
     @property
+    def devices(self) -> Mapping[str, DeviceEvent]:
+        """The watched devices that udev has at the moment, by their paths in sysfs."""
+        return dict(self._known)
+
+    @property
     def nodes(self) -> frozenset[str]:
-        """Device nodes, by their paths, of the watched devices that udev has at the moment."""
-        return frozenset(self._known)
+        """The device nodes of those that have one."""
+        return frozenset(device.node for device in self._known.values() if device.node is not None)
+
+    @property
+    def generation(self) -> int | None:
+        """A number that stays the same only while there is no news of a subsystem in WATCHED; None while unknown."""
+        return None if self._loop is None or self._lost else self._generation
+
+    def watch(self, device: DeviceEvent) -> None:
+        """Tell of what happens to this device, too, of whatever subsystem, from now until it is removed."""
+        if self._observed(device):
+            return
+        if device.subsystem not in self._subsystems:
+            try:
+                self._source.add(device.subsystem)
+            except OSError as error:
+                # Less is told then, and all else goes on.
+                log.error("Events of devices of %s cannot be received: %s", device.subsystem, error)
+                return
+            self._subsystems.add(device.subsystem)
+        self._watched[device.path] = device
+
+    def unwatch(self, path: str) -> None:
+        """Tell no more of the device at `path`, if that was asked for by watch()."""
+        device = self._watched.pop(path, None)
+        if device is None or device.subsystem in WATCHED:
+            return
+        if any(other.subsystem == device.subsystem for other in self._watched.values()):
+            return
+        # Others' events would wake the service for nothing.
+        self._subsystems.discard(device.subsystem)
+        try:
+            self._source.set(sorted(self._subsystems))
+        except OSError as error:
+            log.error("Events of devices of %s cannot be left out: %s", device.subsystem, error)
 
     def start(self) -> None:
         """Tell of events from now on. Call it on the event loop, once."""
@@ -147,30 +172,52 @@ class DeviceMonitor:
                     log.info("Device events were lost; looking at all devices again")
                     self._enumerate()
                 return
-            if device.sys_name in WATCHED.get(device.subsystem, ()) and device.device_node:
-                self._tell(device.action or "change", device.device_node)
+            if device.subsystem in WATCHED:
+                self._generation += 1
+            event = _event(device)
+            if self._observed(event) or event.path in self._watched:
+                self._tell(device.action or "change", event)
         if self._lost and self._loop is not None:
             # The kernel drops events until what is queued has been read, and says so only once: look when it is empty,
             # which may be now, without another event to wake us.
             self._loop.call_soon(self._read)
 
-    def _present(self) -> set[str]:
-        return {device.device_node for device in self._source.present() if device.device_node}
+    def _present(self) -> dict[str, DeviceEvent]:
+        found = (
+            _event(device) for subsystem, names in WATCHED.items() for device in self._source.present(subsystem, names)
+        )
+        return {device.path: device for device in found}
 
     def _enumerate(self) -> None:
+        self._generation += 1
         present = self._present()
-        for node in sorted(self._known - present):
-            self._tell("remove", node)
-        for node in sorted(present):
-            self._tell("add", node)
+        # Of what is not in WATCHED only those devices matter that somebody asked for: no need to list the others.
+        still = {path: device for path, device in self._watched.items() if Path(path).exists()}
+        for path, device in sorted((self._known | self._watched).items()):
+            if path not in present and path not in still:
+                self._tell("remove", device)
+        for _, device in sorted(present.items()):
+            self._tell("add", device)
 
-    def _tell(self, action: str, node: str) -> None:
+    @staticmethod
+    def _observed(device: DeviceEvent) -> bool:
+        if device.subsystem not in WATCHED:
+            return False
+        names = WATCHED[device.subsystem]
+        return names is None or device.sysname in names
+
+    def _tell(self, action: str, device: DeviceEvent) -> None:
         if action == "remove":
-            self._known.discard(node)
-        else:
-            self._known.add(node)
+            self._known.pop(device.path, None)
+            self.unwatch(device.path)
+        elif self._observed(device):
+            self._known[device.path] = device
         try:
-            self._callback(action, node)
+            self._callback(action, device)
         except Exception:
             # The next event must still be heard.
-            log.exception("Handling of device event %s %s failed", action, node)
+            log.exception("Handling of device event %s %s failed", action, device.path)
+
+
+def _event(device: UdevDevice) -> DeviceEvent:
+    return DeviceEvent(device.subsystem or "", device.sys_name, device.device_node, device.sys_path)

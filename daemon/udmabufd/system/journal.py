@@ -20,10 +20,12 @@ SOCKET: Final = "/run/systemd/journal/socket"
 
 FIELDS: Final[dict[str, str]] = {
     "message_id": "MESSAGE_ID",
+    "allocator": "UDMABUFD_ALLOCATOR",
     "application": "UDMABUFD_APPLICATION",
     "buffer": "UDMABUFD_BUFFER",
     "client": "UDMABUFD_CLIENT",
     "count": "UDMABUFD_COUNT",
+    "device": "UDMABUFD_DEVICE",
     "error": "UDMABUFD_ERROR",
     "holders": "UDMABUFD_HOLDERS",
     "limit": "UDMABUFD_LIMIT",
