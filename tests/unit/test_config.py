@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_a_drop_in_in_etc_hides_its_namesake(directories: list[Path]) -> None:
         ("[limits]\nmax_buffers = true\n", "max_buffers must be of type int"),
         ("[limits]\nmax_buffers = '5'\n", "max_buffers must be of type int"),
         ("[limits\n", "Expected"),
+        ("[allocators]\norder = 'memfd'\n", "order must be of type array of strings"),
+        ("[allocators]\norder = ['memfd', 3]\n", "order is of allocators, such as 'udmabuf' or 'heap:*', not 3"),
+        ("[allocators]\norder = ['udmabuf-4M']\n", "not 'udmabuf-4M'"),
+        ("[allocators]\norder = ['wrapped']\n", "not 'wrapped'"),
+        ("[allocators]\norder = ['heap:']\n", "not 'heap:'"),
+        ("[allocators]\norder = ['memfd', 'udmabuf', 'memfd']\n", "order names 'memfd' more than once"),
+        ("[heaps]\ncontiguous = ['a/b']\n", "contiguous is of globs, such as 'system*', not 'a/b'"),
+        ("[heaps]\nsecure = ['x']\n", "'secure' is not one of the keys of [heaps]: system, contiguous"),
+        ("[drm]\ncards = ['/dev/dri/card0']\n", "cards is of names of cards, such as 'card0', not '/dev/dri/card0'"),
+        ("[drm]\ncards = ['renderD128']\n", "not 'renderD128'"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, complaint: str) -> None:
@@ -74,7 +85,20 @@ def test_a_missing_file_is_an_error_when_it_was_named(tmp_path: Path) -> None:
 def test_every_option_is_documented_and_bounded() -> None:
     for option in OPTIONS:
         assert option.doc.endswith(".")
-        assert option.type is str or (option.minimum is not None and option.maximum is not None)
+        assert option.type is not int or (option.minimum is not None and option.maximum is not None)
+        if isinstance(option.default, tuple):
+            assert all(re.fullmatch(option.pattern, entry) for entry in option.default)
+
+
+def test_arrays_replace_the_default(directories: list[Path]) -> None:
+    etc, _, lib = directories
+    write(lib, "udmabufd.toml", "[allocators]\norder = ['heap:system', 'memfd']\n[heaps]\ncontiguous = ['cma*']\n")
+    write(etc, "udmabufd.toml.d/10-a.toml", "[allocators]\norder = ['dumb:*']\n[drm]\ncards = ['card0', 'card1']\n")
+    config = load(directories=directories)
+    assert config.allocators.order == ("dumb:*",)
+    assert config.drm.cards == ("card0", "card1")
+    assert config.heaps.contiguous == ("cma*",)
+    assert config.heaps.system == Config().heaps.system
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(directories: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
