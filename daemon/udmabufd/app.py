@@ -17,6 +17,8 @@ import signal
 import time
 from pathlib import Path
 
+from udmabufd import database
+from udmabufd.allocators import Allocators
 from udmabufd.bus.server import Server
 from udmabufd.config import Config
 from udmabufd.core.admission import Admission
@@ -27,15 +29,15 @@ from udmabufd.core.events import Event, emit
 from udmabufd.core.identity import Identity
 from udmabufd.core.ledger import Ledger
 from udmabufd.core.maker import Maker
-from udmabufd.core.memfd_allocator import MemfdAllocator
-from udmabufd.core.pool import Pool
+from udmabufd.core.placement import Placement
 from udmabufd.core.service import Service
 from udmabufd.core.spec import Request
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
 from udmabufd.core.workers import Workers
 from udmabufd.linux import memfd
 from udmabufd.linux.headroom import Headroom, free_fds
-from udmabufd.system.devices import DeviceMonitor
+from udmabufd.system.device_finder import DeviceFinder
+from udmabufd.system.devices import DeviceEvent, DeviceMonitor
 from udmabufd.system.fdstore import FdStore
 from udmabufd.system.logcontrol import LogControl
 from udmabufd.system.notify import Notifier
@@ -47,6 +49,9 @@ log = logging.getLogger(__name__)
 
 STOP_TIMEOUT = 5.0
 """Seconds that calls under way have to finish at a stop."""
+
+PROBE_TIMEOUT = 5.0
+"""Seconds that a start waits for heaps and cards to be opened."""
 
 STORE_TIMEOUT = 2.0
 """Seconds for the service manager to take what was last said to its store."""
@@ -60,7 +65,7 @@ class App:
     """The daemon: made from a configuration on the event loop, run once."""
 
     def __init__(self, config: Config, log_control: LogControl) -> None:
-        """Raises StoreError when the configured maximum of buffers does not fit; OSError."""
+        """Raises StoreError when the configured maximum of buffers does not fit; ConfigError, OSError."""
         limits = config.limits
         self._config = config
         self._notifier = Notifier.from_environment()
@@ -71,20 +76,27 @@ class App:
         raise_fd_limit(stored_fds(limits.max_buffers) + SPARE_FDS)
         self._workers = Workers()
         self._prover = Workers(1, "prover")
+        # Of its own: who fills memory waits for nobody's look-ups. One thread, as libudev wants it.
+        self._lookups = Workers(1, "devices")
         ledger = Ledger(limits, time.monotonic)
         self._udmabuf = UdmabufAllocator(Path(config.udmabuf.device), Path(config.udmabuf.parameters))
-        # In order of preference; a new allocator is one line here.
-        pool = Pool([self._udmabuf, MemfdAllocator(limits.max_bytes_per_user)])
+        known = database.load()
+        # Watched before anything is looked at, so that no device can appear unseen between the two.
+        self._monitor = DeviceMonitor(self._device_event)
+        self._devices = DeviceFinder(self._lookups.submit, known, self._monitor)
+        self._allocators = Allocators(config, self._udmabuf, self._workers.submit, known)
         self._identity = Identity()
         self._custody = Custody(ledger, limits.max_buffers, self._store, self._workers, self._prover, inherited)
         headroom = Headroom()
         maker = Maker(
             self._custody, Admission(headroom.read, free_fds, headroom.shared_memory), self._store, self._workers
         )
-        self._service = Service(limits, ledger, pool, self._udmabuf, self._custody, maker, self._identity)
+        placement = Placement(self._allocators.pool, self._devices)
+        self._service = Service(limits, ledger, placement, self._udmabuf, self._custody, maker, self._identity)
         self._server = Server(self._service, ledger, Closer(), log_control)
         self._probing = asyncio.Lock()
-        self._probes: set[asyncio.Task[None]] = set()
+        self._waiting_probes: set[asyncio.Task[None]] = set()
+        self._following: set[asyncio.Task[None]] = set()
         self._served = False
 
     async def run(self, address: str) -> None:
@@ -109,11 +121,16 @@ class App:
             await self._stop()
 
     async def _start_and_serve(self, address: str, watchdog_timeout: float | None) -> None:
-        # Watched before the first probe, so that no device can appear unseen between the two.
-        with DeviceMonitor(self._device_event):
+        with self._monitor:
             await self._custody.start()
             await self._probe()
+            for event in self._monitor.devices.values():
+                self._follow("add", event, tell=False)
+            if self._following:
+                # A card that does not answer keeps its own buffers from nobody but those who want them.
+                await asyncio.wait(tuple(self._following), timeout=PROBE_TIMEOUT)
             await self._server.start(address)
+            await self._service.attaching.resume()
             with Watchdog(self._notifier, self._unwell, watchdog_timeout):
                 self._notifier.ready()
                 log.info("Serving with %s", LIBRARY)
@@ -123,11 +140,13 @@ class App:
         self._notifier.stopping()
         await self._server.stop(STOP_TIMEOUT)
         await self._custody.close()
-        if self._probes:
-            await asyncio.wait(tuple(self._probes))
+        if under_way := (*self._waiting_probes, *self._following):
+            await asyncio.wait(under_way, timeout=STOP_TIMEOUT)
+        self._allocators.pool.close()
         self._udmabuf.close()
         self._workers.close()
         self._prover.close()
+        self._lookups.close()
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(STORE_TIMEOUT):
                 await self._store.settled()
@@ -136,26 +155,34 @@ class App:
     def _unwell(self) -> str | None:
         return None if self._server.connected else "the connection to the bus is lost"
 
-    def _device_event(self, action: str, device: str) -> None:
-        if device == self._config.udmabuf.device:
-            log.info("udev: %s %s", action, device)
+    def _device_event(self, action: str, event: DeviceEvent) -> None:
+        log.debug("udev: %s %s", action, event.path)
+        if action == "remove":
+            self._service.attaching.gone(event.path)
+        if event.node == self._config.udmabuf.device:
             # One that runs may have looked too early; one that waits will see all that has happened by then.
-            if len(self._probes) < 2:
-                task = asyncio.create_task(self._probe())
-                self._probes.add(task)
-                task.add_done_callback(self._probes.discard)
+            if len(self._waiting_probes) < 2:
+                _keep(asyncio.create_task(self._probe()), self._waiting_probes)
+        else:
+            self._follow(action, event)
+
+    def _follow(self, action: str, event: DeviceEvent, *, tell: bool = True) -> None:
+        """Have the allocators keep up with a device that one of them is of."""
+        if self._allocators.concerns(event):
+            following = self._allocators.follow(action, event, self._devices, tell=tell)
+            _keep(asyncio.create_task(following), self._following)
 
     async def _probe(self) -> None:
         """Find out whether udmabuf can be used, one probe at a time, and tell whoever wants to know."""
         async with self._probing:
             before = self._udmabuf.unavailable
             available = await self._workers.submit(self._udmabuf.probe)
-            reason = self._udmabuf.unavailable
+            reason = self._unavailable()
             if available:
                 log.info("udmabuf can be used; buffers of up to %d bytes", self._udmabuf.max_size)
                 await self._learn_dma_bufs()
             else:
-                emit(log, Event.SELF_TEST_FAILED, reason=str(reason))
+                emit(log, Event.SELF_TEST_FAILED, reason=reason)
             self._tell_status()
             if available == (before is not None):
                 if available and self._served:
@@ -171,14 +198,25 @@ class App:
             self._identity.learn_dma_buf(memory.device)
             await self._workers.submit(memory.close)
 
+    def _unavailable(self) -> str | None:
+        """Why udmabuf cannot be used, or None."""
+        refusal = self._udmabuf.unavailable
+        return None if refusal is None else str(refusal.error)
+
     def _tell_status(self) -> None:
-        reason = self._udmabuf.unavailable
+        reason = self._unavailable()
         if (refusal := self._custody.refusal) is not None:
             self._notifier.status(f"Serving nothing: the former run's state cannot be read ({refusal})")
         else:
             self._notifier.status(
                 "Serving dma-bufs and memfds" if reason is None else f"Serving memfds only: {reason}"
             )
+
+
+def _keep(task: asyncio.Task[None], tasks: set[asyncio.Task[None]]) -> None:
+    """Have `tasks` hold `task` until it is done."""
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
 
 
 def raise_fd_limit(wanted: int) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,13 @@ class RunningService:
 
 
 @contextmanager
-def own_service(address: str, *, config: str = "", library: str | None = None) -> Iterator[RunningService]:
-    """Run `python -m udmabufd` on the bus at `address`; its log is shown when the test or the service fails."""
+def own_service(
+    address: str, *, config: str = "", library: str | None = None, program: Sequence[str] = ()
+) -> Iterator[RunningService]:
+    """Run `python -m udmabufd` on the bus at `address`; its log is shown when the test or the service fails.
+
+    `program` are Python's arguments for another program, which takes those of the service.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="udmabufd-")))
         (folder / "udmabufd.toml").write_text(config)
@@ -71,7 +76,14 @@ def own_service(address: str, *, config: str = "", library: str | None = None) -
         log = folder / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "udmabufd", "--bus", address, "--config", str(folder / "udmabufd.toml")],
+                [
+                    sys.executable,
+                    *(program or ("-m", "udmabufd")),
+                    "--bus",
+                    address,
+                    "--config",
+                    str(folder / "udmabufd.toml"),
+                ],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,

@@ -28,6 +28,9 @@ CALLS = [
     (BUFFER_INTERFACE, "GetFd", "a{sv}", [{}]),
     (BUFFER_INTERFACE, "GetFd", "s", ["of another type"]),
     (BUFFER_INTERFACE, "GetTicket", "", []),
+    (BUFFER_INTERFACE, "Attach", "sa{sv}", ["mem:null", {}]),
+    (BUFFER_INTERFACE, "Attach", "sa{sv}", ["", {"sise": Variant("t", 1)}]),
+    (BUFFER_INTERFACE, "Detach", "u", [1]),
     (BUFFER_INTERFACE, "SetName", "s", ["mine"]),
     (BUFFER_INTERFACE, "Release", "", []),
     (PROPERTIES, "Get", "ss", [BUFFER_INTERFACE, "Size"]),
@@ -95,7 +98,7 @@ async def test_every_object_is_found_from_the_root(peer: Peer) -> None:
 SPECIFICATION_ERRORS: list[tuple[str, str, str, str, list[object], str]] = [
     ("/nowhere", ALLOCATOR_INTERFACE, "ListBuffers", "", [], "UnknownObject"),
     (OBJECT_PATH, "org.example.None", "ListBuffers", "", [], "UnknownInterface"),
-    (OBJECT_PATH, ALLOCATOR_INTERFACE, "Attach", "", [], "UnknownMethod"),
+    (OBJECT_PATH, ALLOCATOR_INTERFACE, "Pin", "", [], "UnknownMethod"),
     (OBJECT_PATH, ALLOCATOR_INTERFACE, "Allocate", "s", ["x"], "InvalidArgs"),
     (OBJECT_PATH, ALLOCATOR_INTERFACE, "ListBuffers", "s", ["x"], "InvalidArgs"),
     (OBJECT_PATH, PROPERTIES, "Get", "ss", [ALLOCATOR_INTERFACE, "None"], "UnknownProperty"),
@@ -115,7 +118,7 @@ async def refusals(peer: Peer) -> list[str]:
 
 
 async def test_what_is_no_member_is_stopped_by_our_policy_on_the_bus(peer: Peer) -> None:
-    stopped = {"org.example.None", "Attach"}
+    stopped = {"org.example.None", "Pin"}
     expected = [
         "AccessDenied" if {interface, member} & stopped else name
         for _, interface, member, _, _, name in SPECIFICATION_ERRORS
@@ -132,7 +135,7 @@ async def test_the_errors_of_the_specification_where_the_bus_lets_everything_thr
             # A holder that asks for a member of a later version learns that, and not that its buffer is gone.
             (path,) = await peer.call("CreateBuffer", "a{sv}", spec(size=1, kind="memfd"))
             with pytest.raises(RemoteError) as caught:
-                await peer.call("Attach", path=path)
+                await peer.call("Pin", path=path)
             assert caught.value.name == "org.freedesktop.DBus.Error.UnknownMethod"
         finally:
             peer.close()

@@ -16,11 +16,14 @@ from udmabufd_base.codec import Variant
 from udmabufd_base.errors import RemoteError
 from udmabufd_client.contract import (
     ALLOCATOR_INTERFACE,
+    ALLOCATOR_TYPES,
     BUFFER_INTERFACE,
+    DEVICE_TYPES,
     INFO_TYPES,
     LIST_TYPES,
     MAX_FDS_PER_MESSAGE,
     OBJECT_PATH,
+    VERDICT_TYPES,
     buffer_path,
 )
 
@@ -242,6 +245,7 @@ async def test_properties_have_the_types_of_the_xml(peer: Peer) -> None:
         "MaxWrappedBytesPerUser": "t",
         "MaxFdsInFlightPerUser": "u",
         "MaxSharesPerUser": "u",
+        "MaxAttachmentsPerUser": "u",
         "MaxBuffersPerUser": "u",
         "MaxBuffers": "u",
         "MaxFdsPerMessage": "u",
@@ -254,11 +258,105 @@ async def test_properties_have_the_types_of_the_xml(peer: Peer) -> None:
     assert everything["Allocators"].value[-1] == "memfd"
 
 
-async def test_options_of_get_fd_have_no_keys_yet(peer: Peer, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"attachment": Variant("u", 1)}, "attachment: this connection has no attachment 1"),
+        ({"attachment": Variant("t", 1)}, "attachment: must have the D-Bus type 'u'"),
+        ({"dynamic": Variant("b", True)}, "dynamic: is not a known key; there are: attachment"),
+    ],
+)
+async def test_options_of_get_fd(peer: Peer, kind: str, options: dict[str, Variant], text: str) -> None:
     path, _, _ = await peer.allocate(size=1, kind=kind)
-    with pytest.raises(RemoteError, match=": attachment: is not a known key") as caught:
-        await peer.call("GetFd", "a{sv}", {"attachment": Variant("u", 1)}, path=path)
+    with pytest.raises(RemoteError, match=f": {text}") as caught:
+        await peer.call("GetFd", "a{sv}", options, path=path)
     assert caught.value.name == error("InvalidSpec")
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "name", "text"),
+    [
+        ("", {}, "InvalidSpec", "device: "),
+        ("mem:null\n", {}, "InvalidSpec", "device: "),
+        ("mem:none", {}, "NoSuchDevice", "mem:none"),
+        ("/dev/none", {}, "NoSuchDevice", "/dev/none"),
+        ("/etc/passwd", {}, "InvalidSpec", "device: "),
+        ("mem:null", {"sise": Variant("t", 1)}, "InvalidSpec", "sise: is not a known key"),
+        ("mem:null", {"dynamic": Variant("u", 1)}, "InvalidSpec", "dynamic: must have the D-Bus type 'b'"),
+        ("mem:null", {"constraints": Variant("a{st}", {})}, "InvalidSpec", "constraints: must have the D-Bus type"),
+        (
+            "mem:null",
+            {"constraints": Variant("a{sv}", {"sise": Variant("t", 1)})},
+            "InvalidSpec",
+            "constraints.sise: is not a known key",
+        ),
+        (
+            "mem:null",
+            {"constraints": Variant("a{sv}", {"alignment": Variant("u", 1)})},
+            "InvalidSpec",
+            "constraints.alignment: must have the D-Bus type 't'",
+        ),
+        (
+            "mem:null",
+            {"constraints": Variant("a{sv}", {"max_segments": Variant("u", 0)})},
+            "InvalidSpec",
+            "constraints.max_segments: must be 1 to",
+        ),
+    ],
+)
+async def test_what_cannot_be_attached(
+    peer: Peer, kind: str, device: str, options: dict[str, Variant], name: str, text: str
+) -> None:
+    (path,) = await peer.call("CreateBuffer", "a{sv}", spec(size=1, kind=kind))
+    with pytest.raises(RemoteError, match=f": {text}") as caught:
+        await peer.call("Attach", "sa{sv}", device, options, path=path)
+    assert caught.value.name == error(name)
+    assert await peer.get("Attachments", path) == []
+
+
+async def test_nothing_imports_a_memfd(peer: Peer) -> None:
+    (path,) = await peer.call("CreateBuffer", "a{sv}", spec(size=1, kind="memfd"))
+    with pytest.raises(RemoteError) as caught:
+        await peer.call("Attach", "sa{sv}", "mem:null", {}, path=path)
+    assert caught.value.name == error("NotSupported")
+    with pytest.raises(RemoteError, match=": attachment: this connection has no attachment 1") as caught:
+        await peer.call("Detach", "u", 1, path=path)
+    assert caught.value.name == error("InvalidSpec")
+    with pytest.raises(RemoteError, match=": devices: contradicts kind memfd") as caught:
+        await peer.allocate(size=1, kind="memfd", devices=["mem:null"])
+    assert caught.value.name == error("InvalidSpec")
+
+
+async def test_explain_has_a_row_for_each_allocator_and_agrees_with_what_is_done(peer: Peer, kind: str) -> None:
+    (listed,) = await peer.call("ListAllocators")
+    names = [row["allocator"].value for row in listed]
+    assert await peer.get("Allocators") == [row["allocator"].value for row in listed if row["available"].value]
+    (rows,) = await peer.call("Explain", "a{sv}", spec(size=PAGE, kind=kind))
+    assert [row["allocator"].value for row in rows] == names
+    for row in rows:
+        types = {key: variant.signature for key, variant in row.items()}
+        ok = row["ok"].value
+        expected = {key: type_ for key, type_ in VERDICT_TYPES.items() if not ok or key in ("allocator", "ok")}
+        assert types == expected
+    _, _, info = await peer.allocate(size=PAGE, kind=kind)
+    assert next(row["allocator"].value for row in rows if row["ok"].value) == info["allocator"]
+    asked = {"constraints": {"max_segment_size": Variant("t", 1), "max_segments": Variant("u", 1)}}
+    (rows,) = await peer.call("Explain", "a{sv}", spec(size=PAGE, kind=kind, **asked))
+    assert not any(row["ok"].value for row in rows)
+    with pytest.raises(RemoteError) as caught:
+        await peer.allocate(size=PAGE, kind=kind, **asked)
+    assert caught.value.name == error("NoAllocator")
+    assert await peer.get("Bytes") == info["size"]
+
+
+async def test_the_types_of_the_lists_are_those_of_the_contract(peer: Peer) -> None:
+    for member, known in (("ListAllocators", ALLOCATOR_TYPES), ("ListDevices", DEVICE_TYPES)):
+        (rows,) = await peer.call(member)
+        for row in rows:
+            types = {key: variant.signature for key, variant in row.items()}
+            assert types.items() <= known.items()
+            (first,) = set(types) & {"allocator", "device"}
+            assert row[first].value
 
 
 async def test_a_buffer_object_is_found_by_its_whole_id_only(peer: Peer, kind: str) -> None:

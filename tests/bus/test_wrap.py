@@ -166,11 +166,16 @@ async def test_options(alice: Peer) -> None:
             ("kind", Variant("s", "dma-buf")),
             ("name", Variant("u", 1)),
             ("", Variant("s", "")),
+            ("constraints", Variant("a{ss}", {})),
+            ("constraints.sise", Variant("a{sv}", {"sise": Variant("t", 1)})),
+            ("constraints.alignment", Variant("a{sv}", {"alignment": Variant("t", 0)})),
+            ("devices", Variant("as", [""])),
+            ("devices", Variant("s", "mem:null")),
         ):
             with pytest.raises(RemoteError, match=f": {key}: ") as caught:
                 await send(alice, "WrapMemfd", SIGNATURE, [*body, {key: variant}], [fd])
             assert caught.value.name == error("InvalidSpec")
-    assert set(WRAP_TYPES) == {"name", "request_id"}
+    assert set(WRAP_TYPES) == {"name", "request_id", "constraints", "devices"}
 
 
 async def test_calls_that_do_not_fit_their_descriptors(alice: Peer) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from tests.bus.peer import spec
+from tests.bus.peer import Peer, plain, spec
 from tests.system.books import entries, inode
 from tests.system.world import SIZE, World
+from udmabufd_base.codec import Variant
 from udmabufd_client.contract import buffer_id, buffer_path
 
 
@@ -227,6 +228,102 @@ class Revive(Import):
         assert set(await world.check()) == set(world.before) - {buffer_id(self.path)} | {buffer_id(later)}
 
 
+async def attached(peer: Peer, path: str) -> list[tuple[int, str, bool]]:
+    """Return number, device and whose of each attachment, as `peer` sees them."""
+    rows = map(plain, await peer.get("Attachments", path))
+    return [(row["attachment"], row["device"], row["own"]) for row in rows]
+
+
+FIRST, SECOND = "mem:null", "mem:zero"
+"""Devices of every machine, of which nothing is known but that they are there."""
+
+
+class Attach(Operation):
+    """To an empty buffer, and to one with memory: whoever was answered has it, with its number and its demands."""
+
+    backed = False
+
+    async def prepare(self, world: World) -> None:
+        (self.path,) = await world.first.call("CreateBuffer", "a{sv}", spec(size=SIZE, devices=[FIRST]))
+        if self.backed:
+            await world.first.call("GetFd", "a{sv}", {}, path=self.path)
+
+    async def call(self, world: World) -> Any:
+        options = {"constraints": Variant("a{sv}", {"alignment": Variant("t", 64)}), "dynamic": Variant("b", True)}
+        return await world.first.call("Attach", "sa{sv}", SECOND, options, path=self.path)
+
+    async def check(self, world: World, answer: Any) -> None:
+        found = await attached(world.first, self.path)
+        both = [(1, FIRST, True), (2, SECOND, True)]
+        assert found == both or (answer is None and found == both[:1])
+        demanded = plain(await world.first.get("Constraints", self.path))
+        assert demanded == ({"alignment": 64} if found == both else {})
+        if answer is not None:
+            assert (answer[0], plain(answer[1])) == (2, {"alignment": 64})
+        # Its number is not given again.
+        number, _ = await self.call(world)
+        assert number == len(found) + 1
+        for number, *_ in await attached(world.first, self.path):
+            await world.first.call("Detach", "u", number, path=self.path)
+        assert (await self.call(world))[0] == len(found) + 2
+
+
+class AttachBacked(Attach):
+    backed = True
+
+
+class Detach(Attach):
+    """The highest number, which is not given again though nothing but the buffer's own record tells of it."""
+
+    async def call(self, world: World) -> Any:
+        return await world.first.call("Detach", "u", 1, path=self.path)
+
+    async def check(self, world: World, answer: Any) -> None:
+        found = await attached(world.first, self.path)
+        assert found == [] or (answer is None and found == [(1, FIRST, True)])
+        number, _ = await world.first.call("Attach", "sa{sv}", SECOND, {}, path=self.path)
+        assert number == 2
+
+
+class AllocateForDevices(Allocate):
+    """Whoever has the buffer has all of its attachments."""
+
+    async def call(self, world: World) -> Any:
+        demands = {"tail_padding": Variant("t", 1)}
+        return await world.first.allocate(
+            size=SIZE - 1, name="new", devices=[FIRST, SECOND, FIRST], constraints=demands
+        )
+
+    async def check(self, world: World, answer: Any) -> None:
+        await super().check(world, answer)
+        for own in await world.new():
+            path = buffer_path(own)
+            assert await attached(world.first, path) == [(1, FIRST, True), (2, SECOND, True), (3, FIRST, True)]
+            assert plain(await world.first.get("Constraints", path)) == {"tail_padding": 1}
+            (ticket,) = await world.first.call("GetTicket", path=path)
+            await world.second.call("ImportTicket", "s", ticket)
+            assert [row[2] for row in await attached(world.second, path)] == [False] * 3
+            assert (await world.first.call("Attach", "sa{sv}", SECOND, {}, path=path))[0] == 4
+
+
+class EndOfAttached(Operation):
+    """The end of a connection takes what it attached, and leaves what others did."""
+
+    async def prepare(self, world: World) -> None:
+        self.path, *_ = await world.first.allocate(size=SIZE, devices=[FIRST])
+        (ticket,) = await world.first.call("GetTicket", path=self.path)
+        await world.second.call("ImportTicket", "s", ticket)
+        await world.second.call("Attach", "sa{sv}", SECOND, {}, path=self.path)
+
+    async def call(self, world: World) -> Any:
+        world.first.close()
+        return True
+
+    async def check(self, world: World, answer: Any) -> None:
+        assert await attached(world.second, self.path) == [(2, SECOND, True)]
+        assert (await world.second.call("Attach", "sa{sv}", FIRST, {}, path=self.path))[0] == 3
+
+
 OPERATIONS: list[type[Operation]] = [
     Allocate,
     AllocateMany,
@@ -241,4 +338,9 @@ OPERATIONS: list[type[Operation]] = [
     ReleaseLastMemfd,
     EndOfConnection,
     Revive,
+    Attach,
+    AttachBacked,
+    Detach,
+    AllocateForDevices,
+    EndOfAttached,
 ]

@@ -179,13 +179,14 @@ def use_pipes(trap: Trap) -> None:
         os.close(write)
         identity = fdstat.look(exported.fileno())
         return memory.Memory(
-            UDMABUF,
-            own,
-            exported,
-            identity.device,
-            identity.inode,
-            Cache.CACHED,
-            CacheEvidence.DEFAULT,
+            allocator=UDMABUF,
+            size=request.size,
+            memfd=own,
+            dma_buf=exported,
+            device=identity.device,
+            inode=identity.inode,
+            cache=Cache.CACHED,
+            evidence=CacheEvidence.DEFAULT,
             needs_sync=True,
         )
 

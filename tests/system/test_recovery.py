@@ -189,7 +189,7 @@ def test_a_holder_that_has_called_already_stays_the_same() -> None:
     registry = Registry(ledger, 10, StateFile.create(), lambda _: None)
     for name in (":1.1", ":1.2"):
         registry.create(Request.from_spec({"size": SIZE}), Holder(name, owner), recorded=True)
-    state = StateFile.open(registry.state.fd)
+    state = StateFile.open(registry.recorder.state.fd)
     again = Registry(Ledger(Limits(), time.monotonic), 10, state, lambda _: None)
     caller = Holder(":1.1", owner)
     result = restore.restore(restore.parse(state), again, {}, NoStore(), {":1.1": caller}.get)

@@ -35,6 +35,7 @@ class Quotas(NamedTuple):
     buffers: int
     shares: int
     application_bytes: int
+    attachments: int
 
 
 class Verdict(Enum):
@@ -70,6 +71,10 @@ class Known:
     """Who was told that a call with a request_id has brought it a share."""
     unanswered: set[Client] = field(default_factory=set)
     """Who has a share by a call with a request_id, and perhaps was never told so before the service was killed."""
+    attachments: dict[int, tuple[Client, str]] = field(default_factory=dict)
+    """By number: whose, and the device. No device of these demands anything."""
+    attached: int = 0
+    """The last number that was given."""
     backed: bool = False
     state: str = "held"
     """held, waiting (for those who held it, or asked for it, until `until`), lingering (since `since`)."""
@@ -115,6 +120,8 @@ class Books:
                 charge(owner, "buffers", 1)
             for client in buffer.shares:
                 charge(client.owner, "shares", 1)
+            for client, _ in buffer.attachments.values():
+                charge(client.owner, "attachments", 1)
         return found
 
     def verdict(self, owner: Payer, more: dict[str, int], *, swept: bool = True) -> Verdict:
@@ -150,15 +157,45 @@ class Books:
 
     # What happens.
 
-    def made(self, client: Client, buffers: Iterable[Known], asked: Hashable = None, question: Any = None) -> None:
-        """`client` has made buffers."""
+    def made(
+        self,
+        client: Client,
+        buffers: Iterable[Known],
+        asked: Hashable = None,
+        question: Any = None,
+        devices: Iterable[str] = (),
+    ) -> None:
+        """`client` has made buffers, with these devices attached to each."""
         made = list(buffers)
         for buffer in made:
             buffer.shares[client] = 1
             buffer.asked = asked
             self.buffers.append(buffer)
+            self.attach(buffer, client, devices)
         if asked is not None:
             self.stands[asked] = question, made
+
+    def attach(self, buffer: Known, client: Client, devices: Iterable[str]) -> None:
+        """`client` has attached devices."""
+        for device in devices:
+            buffer.attached += 1
+            buffer.attachments[buffer.attached] = client, device
+
+    def missing(self, buffer: Known, client: Client, devices: Iterable[str]) -> list[str]:
+        """Return which of `devices` `client` has not attached."""
+        own = Counter(device for other, device in buffer.attachments.values() if other is client)
+        rest = []
+        for device in devices:
+            if own[device]:
+                own[device] -= 1
+            else:
+                rest.append(device)
+        return rest
+
+    def unplugged(self, device: str) -> None:
+        """A device has gone."""
+        for buffer in self.buffers:
+            buffer.attachments = {n: row for n, row in buffer.attachments.items() if row[1] != device}
 
     def share_again(self, buffer: Known, client: Client) -> None:
         """`client` has repeated the call that made the buffer; what it was never told of, it is told of now."""
@@ -208,6 +245,7 @@ class Books:
         for buffer in self.buffers:
             if buffer.shares:
                 buffer.shares.clear()
+                buffer.attachments.clear()
                 buffer.unanswered.clear()
                 buffer.told.clear()
                 buffer.state, buffer.kept, buffer.until = "waiting", True, now + BUS_GRACE
@@ -227,6 +265,7 @@ class Books:
 
     def _leave(self, buffer: Known, client: Client, now: float) -> None:
         del buffer.shares[client]
+        buffer.attachments = {n: row for n, row in buffer.attachments.items() if row[0] is not client}
         buffer.unanswered.discard(client)
         buffer.told.discard(client)
         self._settle(buffer)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.unit.books import Client, Known, Payer, Verdict
 from tests.unit.comparison import Compared, Wrong, same
-from udmabufd.core.errors import AllocatorError, InvalidSpec, QuotaExceeded
+from udmabufd.core.errors import AllocatorError, InvalidSpec, NoSuchDevice, QuotaExceeded
 from udmabufd.core.service import Grant
 from udmabufd_base.fd import OwnedFd
 
@@ -97,14 +97,21 @@ class Calls(Compared):
                 return await service.wrap(holder, [brought], [(0, 0, spec["size"])], options)
             return await service.allocate(holder, spec, question.count if question.member == "AllocateMany" else None)
 
+        devices = spec.get("devices", [])
+        if devices and spec.get("kind") == "memfd":
+            return Call(run, nothing, lambda: None, error=InvalidSpec)
         if asked in self.books.stands:
             stood, buffers = self.books.stands[asked]
             if stood != (question.member, question.count, plain_spec(spec)):
                 return Call(run, nothing, lambda: None, error=InvalidSpec)
-            return self._repeat(client, buffers, run)
+            self.happened["asked again without a device"] += bool(self.gone.intersection(devices))
+            # What has been made is there, though a device of it is not.
+            return self._repeat(client, buffers, [device for device in devices if device not in self.gone], run)
+        if self.gone.intersection(devices):
+            return Call(run, nothing, lambda: None, error=NoSuchDevice)
         kind = "wrapped" if brought is not None else spec.get("kind", "dma-buf")
         backed = question.member != "CreateBuffer"
-        more = {"buffers": question.count, "shares": question.count}
+        more = {"buffers": question.count, "shares": question.count, "attachments": question.count * len(devices)}
         if backed:
             more["wrapped" if kind == "wrapped" else "bytes"] = spec["size"] * question.count
 
@@ -113,7 +120,8 @@ class Calls(Compared):
                 Known(spec["size"], kind, b.name, client.owner, id=b.id, ticket=b.ticket, backed=backed) for b in found
             ]
             self.known += new
-            self.books.made(client, new, asked, (question.member, question.count, plain_spec(spec)))
+            self.books.made(client, new, asked, (question.member, question.count, plain_spec(spec)), devices)
+            self.happened["attached with a buffer"] += bool(devices)
 
         def done(answer: Any) -> None:
             made(buffers_of(answer))
@@ -143,11 +151,16 @@ class Calls(Compared):
 
         return Call(run, done, cut_off, self.books.verdict(client.owner, more))
 
-    def _repeat(self, client: Client, buffers: list[Known], run: Callable[[], Awaitable[Any]]) -> Call:
+    def _repeat(
+        self, client: Client, buffers: list[Known], devices: list[str], run: Callable[[], Awaitable[Any]]
+    ) -> Call:
         more: Counter[str] = Counter()
-        verdicts = []
-        for buffer in buffers:
+        shared, verdicts = [], []
+        missing = [self.books.missing(buffer, client, devices) for buffer in buffers]
+        for buffer, rest in zip(buffers, missing, strict=True):
             more.update(self.books.to_share(buffer, client))
+            shared.append(self.books.verdict(client.owner, more, swept=False))
+            more.update(attachments=len(rest))
             verdicts.append(self.books.verdict(client.owner, more, swept=False))
         verdict = Verdict.ALLOWED if verdicts[-1] is Verdict.ALLOWED else Verdict.REFUSED
 
@@ -156,24 +169,41 @@ class Calls(Compared):
             same("the buffers", [b.id for b in buffers_of(answer)], [b.id for b in buffers])
             for known, fd in zip(buffers, fds_of(answer), strict=False):
                 known.fds.append(fd)
-            for buffer in buffers:
+            for buffer, rest in zip(buffers, missing, strict=True):
                 self.books.share_again(buffer, client)
+                self.books.attach(buffer, client, rest)
+                self.happened["attached again"] += bool(rest)
             self._tell(client, buffers, answer)
 
         def refused() -> None:
             # Those before the one that was too many were shared, and given back.
-            for buffer, one in zip(buffers, verdicts, strict=True):
-                if one is not Verdict.ALLOWED:
+            for buffer, share, all_of_it, rest in zip(buffers, shared, verdicts, missing, strict=True):
+                if share is not Verdict.ALLOWED:
                     break
                 self.books.share_again(buffer, client)
+                if all_of_it is Verdict.ALLOWED:
+                    # Numbers that were given are spent.
+                    buffer.attached += len(rest)
                 self.books.release(buffer, client, self.now)
+                if all_of_it is not Verdict.ALLOWED:
+                    break
 
         def cut_off() -> None:
-            for buffer in buffers:
+            for buffer, rest in zip(buffers, missing, strict=True):
                 if self._shares_now(buffer, client) > buffer.shares.get(client, 0):
                     self.books.share(buffer, client)
+                self._attached_by_half(buffer, client, rest)
 
         return Call(run, done, cut_off, verdict, refused=refused)
+
+    def _attached_by_half(self, known: Known, client: Client, devices: Sequence[str]) -> None:
+        """See how many of `devices` were attached when the service was killed: some of them, in their order."""
+        buffer = self._there(known)
+        if buffer is not None and client in known.shares:
+            self.books.attach(known, client, devices[: buffer.attached - known.attached])
+
+    def _there(self, known: Known) -> Any:
+        return next((buffer for buffer in self.life.custody.registry if buffer.id == known.id), None)
 
     def _tell(self, client: Client, buffers: Sequence[Known], answer: Any) -> None:
         """Have the answer arrive, or be lost on its way."""
@@ -190,7 +220,7 @@ class Calls(Compared):
 
 
 def plain_spec(spec: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(spec.items()))
+    return tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in spec.items()))
 
 
 def nothing(_: Any) -> None:

@@ -17,6 +17,7 @@ from udmabufd.core.spec import PAGE_SIZE
 from udmabufd.core.state import StateFile
 from udmabufd.core.store import STATE_NAME
 
+DEVICES = ("gpu", "camera")
 OWNERS = [Payer(uid, application) for uid in (1000, 1001) for application in ("", "camera")]
 
 
@@ -36,6 +37,7 @@ class Compared:
             buffers=rng.choice([6, 10, 30]),
             shares=rng.choice([8, 16, 40]),
             application_bytes=rng.choice([0, 0, 16 * PAGE_SIZE]),
+            attachments=rng.choice([2, 5, 40]),
         )
         self.machine = Machine(
             Limits(
@@ -44,8 +46,12 @@ class Compared:
                 max_wrapped_bytes_per_user=self.quotas.wrapped,
                 max_buffers_per_user=self.quotas.buffers,
                 max_shares_per_user=self.quotas.shares,
+                max_attachments_per_user=self.quotas.attachments,
             )
         )
+        for device in DEVICES:
+            self.machine.devices.come(device)
+        self.gone: set[str] = set()
         self.books = Books(self.quotas)
         self.clients: list[Client] = []
         self.known: list[Known] = []
@@ -80,6 +86,13 @@ class Compared:
             same(f"charge of {known.id}", buffer.charged, known.size if known.backed else 0)
             kept = buffer.kept and known.state != "lingering"
             same(f"facts of {known.id}", (buffer.name, buffer.ticket, buffer.serial, kept), self._facts(known))
+            rows = {n: (a.holder.name, a.wish.device) for n, a in buffer.attachments.items()}
+            same(
+                f"attachments of {known.id}",
+                rows,
+                {n: (c.name, device) for n, (c, device) in known.attachments.items()},
+            )
+            same(f"attached to {known.id}", buffer.attached, known.attached)
             self._note(known)
         self._compare_charges()
         for owner in [*OWNERS, Payer(0, "")]:
@@ -119,6 +132,7 @@ class Compared:
                 "wrapped": account.amounts[Resource.WRAPPED],
                 "buffers": account.amounts[Resource.BUFFERS],
                 "shares": account.amounts[Resource.SHARES],
+                "attachments": account.amounts[Resource.ATTACHMENTS],
                 "lingering": account.lingering.total(),
             }
             same(f"charges of {owner}", found, {key: amounts[key] for key in found})
@@ -135,17 +149,20 @@ class Compared:
 
     def _compare_state(self, registry: dict[str, Any]) -> None:
         """What the next life of the service would read now is what this one has."""
-        state = self.life.custody.registry.state
+        state = self.life.custody.registry.recorder.state
         copy = StateFile.open(state.fd.dup())
         found = restore.parse(copy)
         copy.close()
-        recorded = [(b.id, b.name, b.payer, b.ended, b.kept, b.stored_as, b.repeat, b.serial) for b in found.buffers]
-        there = [(b.id, b.name, b.payer, b.ended, b.kept, b.stored_as, b.repeat, b.serial) for b in registry.values()]
-        same("state", recorded, there)
+        same("state", [_recorded(buffer) for buffer in found.buffers], [_recorded(b) for b in registry.values()])
         shares: dict[str, list[tuple[str, int]]] = {}
         for share in found.shares:
             shares.setdefault(share.buffer, []).append((share.holder, share.count))
         same("shares in the state", shares, {b.id: shares_of(b.shares) for b in registry.values() if b.shares})
+        attachments = {(a.buffer, a.number): (a.holder, a.wish) for a in found.attachments}
+        expected = {
+            (b.id, a.number): (a.holder.name, a.wish) for b in registry.values() for a in b.attachments.values()
+        }
+        same("attachments in the state", attachments, expected)
 
     def _compare_store(self, registry: dict[str, Any]) -> None:
         self.machine.handle_messages()
@@ -165,6 +182,10 @@ class Compared:
     async def _again(self) -> None:
         await self.life.kill()
         self.life = await Life.begin(self.machine, [client.name for client in self.clients], self.delay)
+
+
+def _recorded(b: Any) -> tuple[object, ...]:
+    return b.id, b.name, b.payer, b.ended, b.kept, b.stored_as, b.repeat, b.serial, b.attached
 
 
 def same(what: str, found: object, expected: object) -> None:

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from tests.unit.books import Client, Known, Verdict
 from tests.unit.calls import Call, Calls, Question, nothing
-from tests.unit.comparison import OWNERS, Wrong
+from tests.unit.comparison import DEVICES, OWNERS, Wrong, same
 from tests.unit.machine import Life, clients_memfd, patched, path_of
 from tests.unit.time_loop import run
-from udmabufd.core.errors import AccessDenied, NoSuchBuffer
+from udmabufd.core.errors import AccessDenied, InvalidSpec, NoSuchBuffer, NoSuchDevice, NotSupported
 from udmabufd.core.spec import PAGE_SIZE
 from udmabufd.core.store import STATE_NAME
 from udmabufd_base.fd import OwnedFd
@@ -37,6 +37,9 @@ WEIGHTS = {
     "import_ticket": 14,
     "get_fd": 7,
     "rename": 2,
+    "attach": 9,
+    "detach": 5,
+    "unplug": 3,
     "release": 10,
     "leave": 4,
     "dup": 2,
@@ -163,6 +166,8 @@ class History(Calls):
         if c % 8 > 4:
             spec["name"] = f"name {c}"
         question, asked = Question(member, spec, count, brought), None
+        if d % 5 > 2:
+            spec["devices"] = [DEVICES[(d + i) // 7 % len(DEVICES)] for i in range(1 + d // 64 % 3)]
         if d % 2:
             spec["request_id"] = f"request-id-{d:08}"
             asked = client.owner, spec["request_id"]
@@ -277,6 +282,83 @@ class History(Calls):
                 known.name = name
 
         await self._call(Call(lambda: self.life.service.set_name(holder, known.id, name), done, cut_off))
+
+    async def attach(self, a: int, b: int, c: int, d: int) -> None:
+        """Attach, by a holder or somebody else."""
+        if not self.clients or not self.books.buffers:
+            return
+        known = self.books.buffers[b % len(self.books.buffers)]
+        client, device = self._someone(known, a, stranger=d % 8 == 0), DEVICES[c % len(DEVICES)]
+        holder, attaching = self.holder(client), self.life.service.attaching
+        call = Call(lambda: attaching.attach(holder, known.id, device, {}, c % 4 > 1), nothing, lambda: None)
+        if client not in known.shares:
+            call.error = NoSuchBuffer
+        elif device in self.gone:
+            call.error = NoSuchDevice
+        elif known.kind == "memfd":
+            call.error = NotSupported
+        else:
+            call.verdict = self.books.verdict(client.owner, {"attachments": 1}, swept=False)
+
+            def done(answer: Any) -> None:
+                self.books.attach(known, client, [device])
+                same("number", answer[1].number, known.attached)
+                self.happened["attached"] += 1
+
+            call.done = done
+            call.cut_off = lambda: self._attached_by_half(known, client, [device])
+        await self._call(call)
+
+    async def detach(self, a: int, b: int, c: int, d: int) -> None:
+        """Detach, by who attached or somebody else."""
+        having = [known for known in self.books.buffers if known.attachments]
+        if not having or not self.clients:
+            return
+        known = having[b % len(having)]
+        number = list(known.attachments)[c % len(known.attachments)]
+        whose, _ = known.attachments[number]
+        client = whose if d % 4 else self.clients[a % len(self.clients)]
+        holder, attaching = self.holder(client), self.life.service.attaching
+        call = Call(lambda: attaching.detach(holder, known.id, number), nothing, lambda: None)
+        if client not in known.shares:
+            call.error = NoSuchBuffer
+        elif client is not whose:
+            call.error = InvalidSpec
+        else:
+
+            def done(_: Any) -> None:
+                del known.attachments[number]
+                self.happened["detached"] += 1
+
+            def cut_off() -> None:
+                if number not in self._there(known).attachments:
+                    del known.attachments[number]
+
+            call.done, call.cut_off = done, cut_off
+        await self._call(call)
+
+    async def unplug(self, a: int, b: int, c: int, d: int) -> None:
+        """A device goes, perhaps while the service is away, or comes back."""
+        device = DEVICES[a % len(DEVICES)]
+        if device in self.gone:
+            self.gone.remove(device)
+            self.machine.devices.come(device)
+            return
+        self.gone.add(device)
+        path = self.machine.devices.go(device)
+        self.happened["unplugged"] += any(
+            row[1] == device for b in self.books.buffers for row in b.attachments.values()
+        )
+        if d % 3 == 0:
+            await self._again()
+            self.books.restarted(self.now)
+            self.books.unplugged(device)
+            return
+
+        async def gone() -> None:
+            self.life.service.attaching.gone(path)
+
+        await self._call(Call(gone, lambda _: self.books.unplugged(device), lambda: self.books.unplugged(device)))
 
     async def release(self, a: int, b: int, c: int, d: int) -> None:
         """Release, by a holder or somebody else."""

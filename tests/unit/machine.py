@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import pytest
 
+from tests.unit.devices import MadeUpDevices
 from tests.unit.time_loop import InlineWorkers, at_rest
 from udmabufd.core import state as state_module
 from udmabufd.core.admission import Admission
@@ -36,6 +37,7 @@ from udmabufd.core.limits import Limits
 from udmabufd.core.maker import Maker
 from udmabufd.core.memfd_allocator import MemfdAllocator
 from udmabufd.core.memory import Memory
+from udmabufd.core.placement import Placement
 from udmabufd.core.pool import Pool
 from udmabufd.core.service import Service
 from udmabufd.core.spec import PAGE_SIZE
@@ -46,6 +48,9 @@ from udmabufd.linux import dmabuf, fdstat, memfd, selftest, udmabuf
 from udmabufd.linux.headroom import Room
 from udmabufd.linux.udmabuf import Item
 from udmabufd_base.fd import OwnedFd
+
+ORDER: Final = ("udmabuf-2M", "udmabuf", "heap:*", "memfd")
+"""The allocators that are enabled. Only udmabuf and memfd are there from the beginning."""
 
 _KCMP: Final = 312
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -92,6 +97,7 @@ class Machine:
         self.messages: list[Callable[[], None]] = []
         self.store_errors: list[OSError] = []
         self.opened: list[OwnedFd] = []
+        self.devices = MadeUpDevices()
 
     def effect(self, what: str) -> None:
         """Take notice that something outside of the service has been changed; perhaps it ends now."""
@@ -129,11 +135,11 @@ class Machine:
 
     def create(self, device: int, fd: int, offset: int, size: int) -> OwnedFd:
         """UDMABUF_CREATE."""
-        return self._export(size, os.fstat(fd).st_ino)
+        return self.export(size, os.fstat(fd).st_ino)
 
     def create_list(self, device: int, items: Sequence[Item]) -> OwnedFd:
         """UDMABUF_CREATE_LIST."""
-        return self._export(sum(item.size for item in items), 0)
+        return self.export(sum(item.size for item in items))
 
     def fdinfo(self, fd: int) -> dmabuf.Fdinfo:
         """What fdinfo tells of a dma-buf."""
@@ -160,7 +166,8 @@ class Machine:
         self.opened.append(_reopen(fd))
         return self.opened[-1]
 
-    def _export(self, size: int, backing: int) -> OwnedFd:
+    def export(self, size: int, backing: int = 0) -> OwnedFd:
+        """Make a dma-buf of the memfd with the inode `backing`, or of other memory."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
         try:
             fd = OwnedFd(os.open(f"/proc/self/fd/{reader}", os.O_RDWR | os.O_CLOEXEC))
@@ -267,8 +274,10 @@ class Life:
         self.store = FakeStore(machine, delay)
         self.ledger = Ledger(machine.limits, loop.time)
         self.udmabuf = _Udmabuf(self.made)
-        self.pool = Pool([self.udmabuf, _Memfd(self.made)])
+        self.pool = Pool(ORDER, [self.udmabuf, _Memfd(self.made)])
         self.identity = Identity()
+        # Whom the former life had told that it wants to know, has forgotten it.
+        machine.devices.watched.clear()
         self._inherited = machine.inherited()
         before = set(self._inherited.get(STATE_NAME, ()))
         self.custody = Custody(
@@ -279,12 +288,15 @@ class Life:
             prover or self.workers,
             self._inherited,
         )
-        self._state = self.custody.registry.state
+        self._state = self.custody.registry.recorder.state
         assert len(before) <= 1
-        admission = Admission(lambda: Room(machine.available, "memory.max of a.slice", 1 << 40, 0), lambda: 1 << 20)
+        admission = Admission(
+            lambda beside: Room(machine.available - beside, "memory.max of a.slice", 1 << 40, beside), lambda: 1 << 20
+        )
         maker = Maker(self.custody, admission, self.store, self.workers)
+        placement = Placement(self.pool, machine.devices)
         self.service = Service(
-            machine.limits, self.ledger, self.pool, self.udmabuf, self.custody, maker, self.identity
+            machine.limits, self.ledger, placement, self.udmabuf, self.custody, maker, self.identity
         )
         self.service._lanes = _InlineLanes(self.workers)
         self.holders: dict[str, Holder] = {}
@@ -305,6 +317,7 @@ class Life:
             life.identity.learn_dma_buf(fdstat.look(fd).device)
         await life.custody.start()
         life.holders = {holder.name: holder for holder in life.custody.connected(machine.bus_id, names)}
+        await life.service.attaching.resume()
         return life
 
     def holder(self, name: str, uid: int, application: str = "") -> Holder:
@@ -336,7 +349,7 @@ class Life:
                 fd.close()
         if self.custody._former is not None:
             self.custody._former.close()
-        self.custody.registry.state.close()
+        self.custody.registry.recorder.state.close()
         self._state.close()
         self.udmabuf.close()
         self.machine.handle_messages()

@@ -20,8 +20,10 @@ class Machine:
         self.free_fds = free_fds
         self.admission = Admission(self.room, lambda: self.free_fds)
 
-    def room(self) -> Room:
-        return Room(self.available, "memory.max of udmabufd.slice", 2048 * MIB, 2048 * MIB - self.available)
+    def room(self, beside: int) -> Room:
+        return Room(
+            self.available - beside, "memory.max of udmabufd.slice", 2048 * MIB, 2048 * MIB - self.available + beside
+        )
 
 
 def test_up_to_the_reserve_and_not_one_byte_more() -> None:
@@ -94,6 +96,21 @@ def test_descriptors_run_out_with_figures() -> None:
         machine.admission.admit(MIB, 1)
 
 
+def test_memory_that_no_group_is_charged_for_counts_as_if_one_were() -> None:
+    machine = Machine(RESERVE + 1000 * MIB)
+    with machine.admission.admit(600 * MIB, 3, 400 * MIB):
+        pass
+    with pytest.raises(OutOfMemory, match=f"{601 * MIB} more bytes .*; {(2048 - 600) * MIB - RESERVE} are in use"):
+        machine.admission.admit(601 * MIB, 3, 400 * MIB)
+    with machine.admission.admit(100 * MIB, 3, 850 * MIB) as near:
+        assert near.close
+    with machine.admission.admit(100 * MIB, 3) as far:
+        assert not far.close
+    # What takes none of the memory in question needs none.
+    with machine.admission.admit(0, 3, 5000 * MIB):
+        pass
+
+
 def test_a_group_beyond_its_limit_admits_only_what_takes_no_memory() -> None:
     machine = Machine(-5 * MIB)
     with pytest.raises(OutOfMemory, match=f"size: 4096 more bytes .*{2053 * MIB} are in use"):
@@ -105,7 +122,7 @@ def test_a_group_beyond_its_limit_admits_only_what_takes_no_memory() -> None:
 def test_what_clients_leave_to_the_service_is_bounded() -> None:
     room = Room(1 << 40, "MemAvailable", 1 << 40, 0)
     present: int | None = None
-    admission = Admission(lambda: room, lambda: 10_000, lambda: present)
+    admission = Admission(lambda _: room, lambda: 10_000, lambda: present)
     admission.check_left_behind(0)  # Where nothing tells, nothing is refused.
     present = LEFT_BEHIND + 4096
     admission.check_left_behind(4096)

@@ -12,6 +12,7 @@ import pytest
 
 from udmabufd.core.errors import KernelLimit, UdmabufUnavailable
 from udmabufd.core.memfd_allocator import MemfdAllocator
+from udmabufd.core.memory import Accounting
 from udmabufd.core.spec import PAGE_SIZE, Request
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
 from udmabufd.linux import dmabuf, memfd, selftest, udmabuf
@@ -99,6 +100,7 @@ def test_allocates(driver: Driver, allocator: UdmabufAllocator) -> None:
         state = os.fstat(memory.exported.fileno())
         assert (memory.device, memory.inode) == ((os.major(state.st_dev), os.minor(state.st_dev)), state.st_ino)
         assert (memory.allocator, memory.stored) == ("udmabuf", False)
+        assert (memory.size, memory.accounting, memory.provable) == (SIZE, Accounting.SERVICE, True)
     finally:
         memory.close()
 
@@ -190,3 +192,37 @@ def test_whether_unzeroed_pages_show(driver: Driver, allocator: UdmabufAllocator
     assert not gone.probe()
     assert gone.shows_unzeroed
     allocator.close()
+
+
+def test_what_it_says_of_a_request(driver: Driver, allocator: UdmabufAllocator) -> None:
+    """First whether its memory would suit, which does not change; then what hinders it at present."""
+    unsuited = request_of(constraints={"contiguous": True})
+    assert [refusal.field for refusal in allocator.match(unsuited)] == ["contiguous"]
+    (absent,) = allocator.match(request_of())
+    assert "it was not probed yet" in absent.reason
+    assert isinstance(absent.error, UdmabufUnavailable)
+    assert absent.remedy in str(absent.error)
+    assert allocator.max_size == 0
+    assert allocator.probe()
+    assert allocator.match(request_of()) == ()
+    assert allocator.max_size == 64 * MIB
+    driver.limit(1024, 1)
+    (limit,) = allocator.match(request_of(size=MIB + 1))
+    assert (limit.field, limit.device) == ("size", "")
+    assert "size_limit_mb of 1" in limit.reason
+    assert isinstance(limit.error, KernelLimit)
+    assert allocator.match(request_of(size=MIB)) == ()
+    assert [refusal.field for refusal in allocator.match(request_of(kind="memfd"))] == ["kind"]
+    allocator.close()
+    assert allocator.unavailable is not None
+
+
+def test_what_the_memfd_allocator_says_of_a_request() -> None:
+    allocator = MemfdAllocator(1 << 40)
+    assert allocator.match(request_of(kind="memfd")) == ()
+    assert [refusal.field for refusal in allocator.match(request_of())] == ["kind"]
+    constraints = {"alignment": 2 * PAGE_SIZE}
+    assert [r.field for r in allocator.match(request_of(kind="memfd", constraints=constraints))] == ["alignment"]
+    memory = allocator.allocate(request_of(kind="memfd"), "name", memfd.populate)
+    assert (memory.size, memory.accounting, memory.provable) == (SIZE, Accounting.CLIENT, False)
+    memory.close()

@@ -7,133 +7,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tests.unit.machine import Killed, Life, Machine, clients_memfd, install, path_of
-from tests.unit.time_loop import TimeLoop, at_rest, run
-from udmabufd.core.buffer import Buffer, Holder
+from tests.unit import scenes
+from tests.unit.heaps import MadeUpAllocator
+from tests.unit.machine import Killed, Life, clients_memfd, path_of
+from tests.unit.scenes import ALICE, BOB, EVE, ID, SIZE, UIDS, Play, World, facts
+from tests.unit.time_loop import TimeLoop, at_rest
+from udmabufd.core import recovery, restore
+from udmabufd.core.buffer import Buffer
 from udmabufd.core.errors import NoSuchBuffer, NotSupported, QuotaExceeded, UdmabufUnavailable
 from udmabufd.core.events import Event
 from udmabufd.core.ledger import Owner, Resource
 from udmabufd.core.limits import Limits
 from udmabufd.core.lingering import LAST_LOOK, LAST_PROOF
-from udmabufd.core.spec import PAGE_SIZE
+from udmabufd.core.memory import Accounting
 from udmabufd.core.state import HALF, SLOT
 from udmabufd.core.store import STATE_NAME
+from udmabufd.linux import dmabuf
+from udmabufd.linux.hold import Hold
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client.contract import BUS_GRACE, REQUEST_GRACE, State, buffer_path
-
-SIZE = 2 * PAGE_SIZE
-ALICE, BOB, EVE = ":1.1", ":1.2", ":1.3"
-UIDS = {ALICE: (1000, "camera"), BOB: (1001, ""), EVE: (1000, "player")}
-ID = "0123456789abcdef"
-
-
-class World:
-    """A machine, the service's present life, and three connections."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.names = list(UIDS)
-        self.life: Life
-
-    async def begin(self) -> None:
-        self.life = await Life.begin(self.machine, self.names)
-
-    async def again(self, *, without: str = "") -> None:
-        """Kill the service and start it, while a connection ends perhaps."""
-        if without:
-            self.names.remove(without)
-        await self.life.kill()
-        await self.begin()
-
-    async def other_bus(self) -> None:
-        """Both restart; the same names are others' by now."""
-        self.machine.bus_id += "+"
-        await self.again()
-
-    def holder(self, name: str) -> Holder:
-        return self.life.holder(name, *UIDS[name])
-
-    async def allocate(self, client: str = ALICE, /, **spec: Any) -> tuple[Buffer, OwnedFd]:
-        (grant,) = await self.life.service.allocate(self.holder(client), {"size": SIZE} | spec)
-        return grant.buffer, grant.fd
-
-    def buffer(self, buffer_id: str) -> Buffer:
-        (found,) = [buffer for buffer in self.life.custody.registry if buffer.id == buffer_id]
-        return found
-
-    def books(self) -> dict[str, tuple[int, int, int]]:
-        """Bytes, buffers and shares of each application that has any."""
-        found = {}
-        for name, owner in UIDS.items():
-            amounts = self.life.ledger.account(Owner(*owner)).amounts
-            books = (
-                amounts[Resource.BYTES] + amounts[Resource.WRAPPED],
-                amounts[Resource.BUFFERS],
-                amounts[Resource.SHARES],
-            )
-            if any(books):
-                found[name] = books
-        return found
-
-    @property
-    def stored(self) -> set[str]:
-        self.machine.handle_messages()
-        return set(self.machine.stored) - {STATE_NAME}
-
-    def state_fd(self) -> int:
-        (fd,) = self.machine.stored[STATE_NAME]
-        return fd.fileno()
-
-
-Scene = Callable[[World], Awaitable[None]]
-Play = Callable[[Scene], None]
 
 
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch) -> Play:
     """Play a scene in a world of its own."""
-
-    def play(scene: Scene) -> None:
-        async def main() -> None:
-            machine = Machine(Limits())
-            install(monkeypatch, machine)
-            world = World(machine)
-            await world.begin()
-            try:
-                await scene(world)
-            finally:
-                await world.life.kill()
-                machine.close()
-
-        run(main())
-
-    return play
-
-
-def facts(buffer: Buffer) -> tuple[object, ...]:
-    """What has to be as it was."""
-    memory = buffer.memory
-    return (
-        buffer.id,
-        buffer.ticket,
-        buffer.name,
-        buffer.payer,
-        buffer.serial,
-        buffer.state,
-        buffer.request,
-        buffer.repeat,
-        buffer.charged,
-        [(holder.name, holder.owner, count) for holder, count in buffer.shares.items()],
-        memory
-        and (memory.allocator, memory.inode, memory.device, memory.memfd_inode, memory.cache, memory.needs_sync),
-    )
+    return lambda scene: scenes.play(scene, monkeypatch)
 
 
 async def a_bit_of_everything(world: World) -> list[OwnedFd]:
@@ -185,7 +92,7 @@ def test_everything_is_as_it_was(play: Play, orderly: bool) -> None:
 
 
 def before_repeat(found: list[tuple[object, ...]]) -> Any:
-    return next(repeat for *_, repeat, _, _, _ in found if repeat is not None)
+    return next(repeat for *_, repeat, _, _, _, _, _ in found if repeat is not None)
 
 
 async def _never() -> list[Buffer]:
@@ -630,5 +537,96 @@ def test_a_buffer_of_root_waits_for_whoever_has_it_and_is_not_lost_to_a_shadow(p
         await asyncio.sleep(LAST_PROOF)
         assert not root[Resource.BYTES]
         assert not world.stored
+
+    play(scene)
+
+
+class Held(Hold):
+    """In the place of linux.hold.Hold, for which there have to be pages: one reference to what is held."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.inode, self.size = os.fstat(fd).st_ino, size
+        self.closed = False
+        self._reference = OwnedFd(os.dup(fd))
+
+    def close(self) -> None:
+        self._reference.close()
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("exporter", "allocator", "accounting"),
+    [
+        ("drm", "dumb:unknown", Accounting.SERVICE),
+        ("system", "heap:system", Accounting.SYSTEM),
+        ("udmabuf", "wrapped", Accounting.CLIENT),
+    ],
+)
+def test_a_dma_buf_without_a_record_is_of_whom_its_exporter_tells(
+    play: Play, monkeypatch: pytest.MonkeyPatch, exporter: str, allocator: str, accounting: Accounting
+) -> None:
+    """A dumb buffer's pages would be dropped as clean ones while nobody maps it."""
+    held: list[Held] = []
+
+    def hold(fd: int, size: int) -> Held:
+        held.append(Held(fd, size))
+        return held[-1]
+
+    monkeypatch.setattr(recovery, "Hold", hold)
+    monkeypatch.setattr(restore, "Hold", hold)
+
+    async def scene(world: World) -> None:
+        MadeUpAllocator(world.life, "heap:made-up", accounting=Accounting.SYSTEM)
+        buffer, fd = await world.allocate(allocator="heap:made-up")
+        assert buffer.memory is not None
+        inode, fdinfo = buffer.memory.inode, dmabuf.fdinfo
+        lose_state(world)
+        with monkeypatch.context() as patch:
+            # Its own way to look at it, by which what is left is told apart from what is not.
+            patch.setattr(dmabuf, "fdinfo", lambda number: replace(fdinfo(number), exporter=exporter))
+            await world.again()
+            (row,) = await world.life.custody.recover(False, world.machine.bus_id, world.names, 0)
+            found = await world.life.service.import_fd(world.holder(BOB), fd)
+            for _ in range(2):
+                assert found.memory is not None
+                assert (row["inode"], found.memory.inode) == (inode, inode)
+                assert (found.memory.allocator, found.memory.accounting) == (allocator, accounting)
+                if exporter == "drm":
+                    # And when it is recorded, the next life does the same.
+                    assert found.memory.hold is held[-1]
+                    assert (held[-1].inode, held[-1].size, held[-1].closed) == (inode, SIZE, False)
+                else:
+                    assert (found.memory.hold, held) == (None, [])
+                await world.again()
+                found = world.buffer(found.id)
+        fd.close()
+
+    play(scene)
+
+
+def test_a_dumb_buffer_that_cannot_be_held_is_recovered_all_the_same(
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where its pages have been dropped, and there is no memory for them now."""
+
+    def refused(_fd: int, _size: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(recovery, "Hold", refused)
+
+    async def scene(world: World) -> None:
+        MadeUpAllocator(world.life, "heap:made-up", accounting=Accounting.SYSTEM)
+        _, fd = await world.allocate(allocator="heap:made-up")
+        fdinfo = dmabuf.fdinfo
+        lose_state(world)
+        await world.again()
+        with monkeypatch.context() as patch:
+            patch.setattr(dmabuf, "fdinfo", lambda number: replace(fdinfo(number), exporter="drm"))
+            await world.life.custody.recover(False, world.machine.bus_id, world.names, 0)
+        found = await world.life.service.import_fd(world.holder(BOB), fd)
+        assert found.memory is not None
+        assert (found.memory.allocator, found.memory.hold) == ("dumb:unknown", None)
+        assert "cannot be kept from being dropped" in caplog.text
+        fd.close()
 
     play(scene)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""core.registry: shares and whom they charge, on its own; whole histories of it are in test_model.py."""
+"""core.registry: shares and whom they charge, on its own; whole histories of it are in test_model.py, attachments in
+test_attaching.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from udmabufd.core.attachments import Wish
 from udmabufd.core.buffer import Buffer, Holder
+from udmabufd.core.constraints import NONE
 from udmabufd.core.errors import NoSuchBuffer, QuotaExceeded
 from udmabufd.core.ledger import Ledger, Owner, Resource
 from udmabufd.core.limits import Limits
@@ -25,7 +29,9 @@ class World:
     """A registry that ends at once what nobody holds."""
 
     def __init__(self) -> None:
-        self.ledger = Ledger(Limits(max_buffers_per_user=3, max_shares_per_user=4), lambda: 0.0)
+        self.ledger = Ledger(
+            Limits(max_buffers_per_user=3, max_shares_per_user=4, max_attachments_per_user=3), lambda: 0.0
+        )
         self.state = StateFile.create()
         self.ended: list[Buffer] = []
         self.registry = Registry(self.ledger, 5, self.state, self.end)
@@ -42,7 +48,7 @@ class World:
 
     def backed(self, holder: Holder) -> Buffer:
         buffer = self.registry.create(REQUEST, holder)
-        self.registry.charge_memory(buffer)
+        self.registry.billing.charge_memory(buffer, REQUEST.size)
         memory = MemfdAllocator(1 << 40).allocate(REQUEST, "test", memfd.populate)
         self.registry.back(buffer, memory, "0")
         self.registry.record_shares(buffer)
@@ -197,3 +203,46 @@ def test_a_call_that_is_repeated_after_a_restart_has_its_share_already(world: Wo
     buffer.unanswered.add(other)
     world.registry.drop(other)
     assert other not in buffer.unanswered
+
+
+GPU, CAMERA_DEVICE = (Wish(name, f"/sys/devices/{name}", NONE) for name in ("gpu", "camera"))
+
+
+def attached(world: World, owner: Owner) -> int:
+    return world.ledger.account(owner).amounts[Resource.ATTACHMENTS]
+
+
+def test_a_buffer_comes_with_all_its_attachments_or_not_at_all(world: World) -> None:
+    holder, registry = world.holder(CAMERA), world.registry
+    buffer = registry.create(REQUEST, holder, wishes=[GPU, CAMERA_DEVICE], recorded=True)
+    assert [(a.number, a.wish) for a in buffer.attachments.values()] == [(1, GPU), (2, CAMERA_DEVICE)]
+    with pytest.raises(QuotaExceeded, match="max_attachments_per_user of 3"):
+        registry.create(REQUEST, holder, wishes=[GPU, GPU], recorded=True)
+    # A buffer or a share too many, or a connection that has ended, leaves no attachment either.
+    registry.create(REQUEST, holder)
+    registry.create(REQUEST, holder)
+    with pytest.raises(QuotaExceeded, match="max_buffers_per_user"):
+        registry.create(REQUEST, holder, wishes=[GPU])
+    gone = world.holder(BOB)
+    registry.drop(gone)
+    with pytest.raises(NoSuchBuffer):
+        registry.create(REQUEST, gone, wishes=[GPU])
+    assert (attached(world, CAMERA), attached(world, BOB)) == (2, 0)
+    assert registry.attachments.at(GPU.path) == [(buffer, buffer.attachments[1])]
+    assert (len(registry), world.charged(BOB)) == (3, (0, 0, 0))
+
+
+def test_several_are_attached_together_or_none(world: World) -> None:
+    holder, stranger = world.holder(CAMERA), world.holder(CAMERA)
+    buffer = world.backed(holder)
+    with pytest.raises(QuotaExceeded):
+        world.registry.attach(buffer, holder, [GPU] * 4)
+    with pytest.raises(NoSuchBuffer):
+        world.registry.attach(buffer, stranger, [GPU])
+    assert (buffer.attachments, buffer.attached, attached(world, CAMERA)) == ({}, 0, 0)
+    first, second = world.registry.attach(buffer, holder, [GPU, CAMERA_DEVICE])
+    assert (first.number, second.number, buffer.attached) == (1, 2, 2)
+    assert set(world.registry.attachments) == {GPU.path, CAMERA_DEVICE.path}
+    world.registry.detach(buffer, first)
+    assert set(world.registry.attachments) == {CAMERA_DEVICE.path}
+    assert world.registry.attachments.at(GPU.path) == []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.devices import MadeUpDevices
 from udmabufd.core.admission import Admission
 from udmabufd.core.allocator import Populate
 from udmabufd.core.buffer import Holder
@@ -19,12 +20,10 @@ from udmabufd.core.custody import Custody
 from udmabufd.core.errors import (
     AllocatorError,
     InvalidSpec,
-    KernelLimit,
-    NoAllocator,
     NoSuchBuffer,
+    NoSuchDevice,
     OutOfMemory,
     QuotaExceeded,
-    UdmabufUnavailable,
 )
 from udmabufd.core.identity import Identity
 from udmabufd.core.ledger import Ledger, Owner, Resource
@@ -32,15 +31,15 @@ from udmabufd.core.limits import Limits
 from udmabufd.core.maker import Maker
 from udmabufd.core.memfd_allocator import MemfdAllocator
 from udmabufd.core.memory import Memory
+from udmabufd.core.placement import Placement
 from udmabufd.core.pool import Pool
 from udmabufd.core.service import Grant, Service
 from udmabufd.core.spec import PAGE_SIZE, Request
 from udmabufd.core.store import NoStore
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
 from udmabufd.core.workers import Workers
-from udmabufd.linux import memfd
 from udmabufd.linux.headroom import Room
-from udmabufd_client.contract import Kind, State
+from udmabufd_client.contract import State
 
 SPEC = {"size": PAGE_SIZE, "kind": "memfd"}
 ALICE, BOB = Owner(1000, ""), Owner(1001, "")
@@ -55,11 +54,7 @@ class Scripted(MemfdAllocator):
         self.gate.set()
         self.waiting = threading.Event()
         self.failures: list[OSError | None] = []
-        self.refusal: AllocatorError | None = None
         self.made: list[Memory] = []
-
-    def match(self, request: Request) -> AllocatorError | None:
-        return self.refusal
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         self.waiting.set()
@@ -85,11 +80,12 @@ class World:
         store = NoStore()
         self.custody = Custody(self.ledger, self.limits.max_buffers, store, self.workers, self.workers, {})
         self.room = Room(1 << 40, "memory.max of udmabufd.slice", 1 << 40, 0)
-        admission = Admission(lambda: self.room, lambda: 1 << 20)
+        self.devices = MadeUpDevices()
+        admission = Admission(lambda _: self.room, lambda: 1 << 20)
         self.service = Service(
             self.limits,
             self.ledger,
-            Pool([self.allocator]),
+            Placement(Pool(["*"], [self.allocator]), self.devices),
             UdmabufAllocator(Path("/nonexistent"), Path("/nonexistent")),
             self.custody,
             Maker(self.custody, admission, store, self.workers),
@@ -274,42 +270,6 @@ async def test_names_are_checked_and_changed(world: World) -> None:
     assert buffer.name == "front"
 
 
-class Refusing(Scripted):
-    """A second allocator of dma-bufs that refuses, for the sum of refusals."""
-
-    kind = Kind.DMA_BUF
-
-    def __init__(self, name: str, refusal: AllocatorError) -> None:
-        super().__init__()
-        self.name = name
-        self.refusal = refusal
-
-
-def test_what_every_allocator_refused_by_a_kernel_limit_is_a_kernel_limit() -> None:
-    request = Request.from_spec({"size": 1})
-    limit, other = KernelLimit("size: too big"), UdmabufUnavailable("absent")
-    with pytest.raises(KernelLimit):
-        Pool([Refusing("udmabuf", limit), Refusing("udmabuf-2M", limit)]).select(request)
-    with pytest.raises(NoAllocator, match="size: too big; absent"):
-        Pool([Refusing("udmabuf", limit), Refusing("udmabuf-2M", other)]).select(request)
-    with pytest.raises(UdmabufUnavailable):
-        Pool([Refusing("udmabuf", other)]).select(request)
-    with pytest.raises(NoAllocator, match="^allocator: 'heap:system' is not among the enabled allocators udmabuf"):
-        Pool([Refusing("udmabuf", other)]).select(Request.from_spec({"size": 1, "allocator": "heap:system"}))
-
-
-def test_the_next_allocator_serves_what_the_first_has_run_out_of() -> None:
-    first, second = Scripted(), Scripted()
-    first.failures = [OSError(errno.ENOMEM, ""), OSError(errno.EINVAL, "")]
-    request = Request.from_spec(SPEC)
-    Pool([first, second]).allocate(request, "a", memfd.populate).close()
-    assert len(second.made) == 1
-    # What is no shortage would fail again, and is told.
-    with pytest.raises(AllocatorError, match="EINVAL"):
-        Pool([first, second]).allocate(request, "b", memfd.populate)
-    assert len(second.made) == 1
-
-
 async def test_the_earliest_holder_takes_the_charge_when_the_creator_has_released(world: World) -> None:
     (grant,) = await world.service.allocate(world.alice, SPEC)
     grant.fd.close()
@@ -370,3 +330,49 @@ async def test_the_error_of_an_allocation_outlives_its_undoing(world: World) -> 
     with pytest.raises(OutOfMemory):
         await allocation
     world.service.drop(world.bob)
+
+
+async def test_what_is_explained_is_what_would_be_done(world: World) -> None:
+    world.devices.come("picky", alignment=1 << 20)
+    (row,) = await world.service.explain(world.alice, SPEC)
+    assert (row[0], row[1]) == (world.allocator, ())
+    for spec, field in (
+        ({"size": 1}, "kind"),
+        ({**SPEC, "constraints": {"contiguous": True, "max_segment_size": 1}}, "contiguous"),
+        ({"size": 1, "devices": ["picky"]}, "kind"),
+        ({"size": 1, "devices": ["picky"], "constraints": {"alignment": (1 << 64) - 1}}, "alignment"),
+    ):
+        ((_, refusals),) = await world.service.explain(world.alice, spec)
+        assert refusals[0].field == field
+        with pytest.raises(AllocatorError):
+            await world.service.allocate(world.alice, spec)
+    for wrong, error in (
+        ({"size": 0}, InvalidSpec),
+        ({**SPEC, "devices": ["picky"]}, InvalidSpec),
+        ({"size": 1, "devices": ["gone"]}, NoSuchDevice),
+        ({"size": 1, "constraints": {"cache": []}}, InvalidSpec),
+    ):
+        with pytest.raises(error):
+            await world.service.explain(world.alice, wrong)
+    # Nothing came of all that, not even an interest in the device.
+    assert (world.books(), world.allocator.made, world.devices.watched) == ((0, 0, 0, 0), [], [])
+
+
+async def test_each_look_up_counts_as_a_call(world: World) -> None:
+    for name in ("one", "two", "three"):
+        world.devices.come(name)
+
+    def calls(owner: Owner) -> int:
+        return world.ledger.account(owner).user.calls_in_window
+
+    await world.service.explain(world.alice, SPEC)
+    assert calls(ALICE) == 0
+    await world.service.explain(world.alice, {"size": 1, "devices": ["one"] * 64})
+    assert calls(ALICE) == 64
+    # Whether they are there or not.
+    for verb in (world.service.allocate, world.service.create, world.service.explain):
+        with pytest.raises(AllocatorError):
+            await verb(world.alice, {"size": 1, "devices": ["one", "gone"]})
+    assert calls(ALICE) == 70
+    assert [device.name for device in await world.service.list_devices(world.alice)] == ["one", "three", "two"]
+    assert (calls(ALICE), calls(BOB)) == (73, 0)

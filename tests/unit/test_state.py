@@ -14,10 +14,13 @@ import pytest
 
 from udmabufd.core import records, restore
 from udmabufd.core import state as state_module
+from udmabufd.core.attachments import Attachment, Wish
 from udmabufd.core.buffer import Buffer, Holder, Repeat
+from udmabufd.core.constraints import ALLOCATOR_NAME, MAX_ALLOCATORS, MAX_ALLOCATORS_CHARACTERS, Constraints
 from udmabufd.core.layout import FORMATS
-from udmabufd.core.ledger import Owner
-from udmabufd.core.memory import Memory
+from udmabufd.core.ledger import Ledger, Owner, Resource
+from udmabufd.core.limits import Limits
+from udmabufd.core.memory import Accounting, Memory
 from udmabufd.core.records import StoredBuffer
 from udmabufd.core.spec import Request
 from udmabufd.core.state import HALF, MAX_PAYLOAD, SLOT, StateFile, Unreadable
@@ -268,6 +271,18 @@ OLD_SHARE = {
     "owner": [1000, "org.example.Camera"],
     "count": 2,
 }
+ATTACHMENT = {
+    "is": "attachment",
+    "order": 3,
+    "buffer": "00112233aabbccdd",
+    "holder": ":1.42",
+    "number": 7,
+    "device": "/dev/video0",
+    "path": "/sys/devices/platform/vivid.0/video4linux/video0",
+    "constraints": {"alignment": 4096, "max_segments": 1, "contiguous": True, "cache": ["cached"]},
+    "dynamic": True,
+    "pins": 2,
+}
 OLD_BUS = {"is": "bus", "id": "0af9e2f1d4c34cbb8bdd6c1e67a4b1a2"}
 
 OLD_FILE = zlib.decompress(
@@ -304,8 +319,23 @@ def test_records_of_the_first_version_are_read() -> None:
     assert (buffer.request.layout.strides, buffer.request.layout.size) == ((768, 768), 921600)
     assert buffer.memory is not None
     assert (buffer.memory.memfd, buffer.memory.dma_buf, buffer.memory.needs_sync) == (77, 4711, True)
+    # What it did not write.
+    assert (buffer.memory.size, buffer.memory.accounting, buffer.memory.held) == (1536000, Accounting.SERVICE, False)
+    assert (buffer.attached, buffer.request.constraints) == (0, Constraints())
+    assert found.attachments == []
     (share,) = found.shares
     assert (share.buffer, share.holder, share.count) == (OLD_BUFFER["id"], ":1.42", 2)
+
+
+@pytest.mark.parametrize(
+    ("allocator", "accounting"),
+    [("udmabuf", Accounting.SERVICE), ("memfd", Accounting.CLIENT), ("wrapped", Accounting.CLIENT)],
+)
+def test_whom_the_kernel_charges_for_memory_of_the_first_version(allocator: str, accounting: Accounting) -> None:
+    memory = OLD_BUFFER["memory"] | {"allocator": allocator}
+    found = records.buffer_of(1, OLD_BUFFER | {"memory": memory})
+    assert found.memory is not None
+    assert found.memory.accounting is accounting
 
 
 @pytest.mark.parametrize("key", ["id", "ticket", "name", "payer", "serial", "stored_as", "request", "order"])
@@ -319,8 +349,13 @@ def test_a_record_without_what_it_must_have_is_unreadable(state: StateFile, key:
 @pytest.mark.parametrize(
     "record",
     [
-        {"is": "attachment"},
+        {"is": "thing"},
         {},
+        {"is": "attachment"},
+        ATTACHMENT | {"pins": None},
+        ATTACHMENT | {"constraints": {"alignment": 0}},
+        ATTACHMENT | {"constraints": {"later": 1}},
+        ATTACHMENT | {"number": "first"},
         {"is": "share", "order": 1, "buffer": "x", "holder": "y", "owner": 5, "count": 1},
         {"is": "share", "order": 1, "buffer": "x", "holder": "y", "owner": [1, "a"], "count": "many"},
         {"is": "bus"},
@@ -358,9 +393,46 @@ def _reopened(state: StateFile) -> StateFile:
 def _buffer(request: Request, owner: Owner, repeat: Repeat | None) -> Buffer:
     buffer = Buffer(request, owner, repeat, stored_as="0aZ", order=1 << 50, serial=1 << 32)
     buffer.memory = Memory(
-        "udmabuf-2M", None, None, (0, 1), 1 << 62, Cache.WRITE_COMBINE, CacheEvidence.MEASURED, False
+        allocator="udmabuf-2M",
+        size=1 << 62,
+        memfd=None,
+        dma_buf=None,
+        device=(0, 1),
+        inode=1 << 62,
+        cache=Cache.WRITE_COMBINE,
+        evidence=CacheEvidence.MEASURED,
+        needs_sync=False,
+        accounting=Accounting.POOL,
     )
     return buffer
+
+
+def letter(filler: str) -> str:
+    """Return `filler`, or another where names of allocators cannot have that."""
+    return filler if ALLOCATOR_NAME.fullmatch(f"heap:{filler}") else "a"
+
+
+def longest_constraints(filler: str) -> dict[str, Any]:
+    """Return demands whose record is as long as any: all keys, the largest figures, and the longest names."""
+    short = [f"heap:{n:x}" for n in range(MAX_ALLOCATORS)]
+    left, more = divmod(MAX_ALLOCATORS_CHARACTERS - sum(map(len, short)), MAX_ALLOCATORS)
+    names = [name + letter(filler) * (left + (n < more)) for n, name in enumerate(short)]
+    assert sum(map(len, names)) == MAX_ALLOCATORS_CHARACTERS
+    return {
+        "address_bits": 64,
+        "alignment": 1 << 51,
+        "size_alignment": 4096,
+        "tail_padding": 1 << 40,
+        "stride_alignment": 1 << 24,
+        "height_alignment": 1 << 20,
+        "max_stride": (1 << 32) - 1,
+        "max_segments": 1,
+        "max_segment_size": (1 << 64) - 1,
+        "segment_boundary": 1 << 63,
+        "contiguous": True,
+        "cache": ["cached", "write-combine", "uncached"],
+        "allocators": names,
+    }
 
 
 @pytest.mark.parametrize("filler", ['"', "\\", "a"])
@@ -376,11 +448,13 @@ def test_the_longest_records_fit(state: StateFile, filler: str) -> None:
             "name": filler * 31,
             "cache": "write-combine",
             "cache_policy": "require",
-            "allocator": f"heap:{filler * 64}",
+            "allocator": f"heap:{letter(filler) * 64}",
+            "constraints": longest_constraints(filler),
         }
     )
     repeat = Repeat(owner, filler * 64, "AllocateMany", "f" * 32, 15, 16)
     buffer = _buffer(request, owner, repeat)
+    buffer.attached = 1 << 32
     record = records.of_buffer(buffer, buffer.order)
     record["memory"]["dma_buf"] = record["memory"]["memfd"] = 1 << 62
     slot = state.write(None, record)
@@ -388,13 +462,18 @@ def test_the_longest_records_fit(state: StateFile, filler: str) -> None:
     holder = Holder(":1." + "9" * 250, owner)
     buffer.shares[holder] = 1 << 62
     state.write(None, records.of_share(buffer, holder, 1 << 62))
+    # Names of devices and their paths are bounded where they are found.
+    wish = Wish(filler * 256, "/" * 512, Constraints.from_values(longest_constraints(filler)), dynamic=False)
+    charge = Ledger(Limits(), lambda: 0.0).charge(owner, Resource.ATTACHMENTS)
+    attachment = Attachment(1 << 32, holder, wish, charge, pins=1 << 32)
+    state.write(None, records.of_attachment(buffer, attachment, 1 << 62))
 
 
 def test_a_buffer_is_read_as_it_was_written(state: StateFile) -> None:
     request = Request.from_spec({"width": 64, "height": 48, "format": "NV12", "name": "front"})
     repeat = Repeat(Owner(5, "app"), "0123456789abcdef", "AllocateMany", "ab", 2, 3)
     buffer = _buffer(request, Owner(5, "app"), repeat)
-    buffer.ended = True
+    buffer.ended, buffer.attached = True, 5
     slot = state.write(None, records.of_buffer(buffer, 9))
     found: StoredBuffer = records.buffer_of(slot, read(contents(state))[slot])
     assert (found.request, found.payer, found.repeat, found.order) == (request, buffer.payer, repeat, 9)
@@ -406,3 +485,39 @@ def test_a_buffer_is_read_as_it_was_written(state: StateFile) -> None:
         False,
         1 << 32,
     )
+    assert found.attached == 5
+    assert found.memory is not None
+    assert (found.memory.size, found.memory.accounting, found.memory.held) == (1 << 62, Accounting.POOL, False)
+
+
+def test_what_a_spec_demands_is_read_as_it_was_written(state: StateFile) -> None:
+    demanded = {
+        "alignment": 6,
+        "tail_padding": 5,
+        "cache": ["cached", "uncached"],
+        "allocators": ["heap:*", "udmabuf"],
+    }
+    request = Request.from_spec({"size": 1, "constraints": demanded})
+    buffer = Buffer(request, Owner(5, "app"), stored_as="0")
+    slot = state.write(None, records.of_buffer(buffer, 1))
+    found = records.buffer_of(slot, read(contents(state))[slot])
+    assert found.request.constraints == request.constraints != Constraints()
+    # What is merged follows from the attachments, which have records of their own.
+    assert found.request.under(()) == request
+
+
+def test_an_attachment_is_read_as_it_was_written(state: StateFile) -> None:
+    owner = Owner(5, "app")
+    buffer = Buffer(Request.from_spec({"size": 1}), owner)
+    wish = Wish("drm:card0", "/sys/devices/x", Constraints(alignment=8, max_segments=1), dynamic=True)
+    ledger = Ledger(Limits(), lambda: 0.0)
+    charge = ledger.charge(owner, Resource.ATTACHMENTS)
+    attachment = Attachment(3, Holder(":1.9", owner), wish, charge, pins=4)
+    slot = state.write(None, records.of_attachment(buffer, attachment, 12))
+    found = records.attachment_of(slot, read(contents(state))[slot])
+    assert (found.slot, found.order, found.buffer, found.holder) == (slot, 12, buffer.id, ":1.9")
+    assert (found.number, found.wish, found.pins) == (3, wish, 4)
+    state.write(None, ATTACHMENT)
+    parsed = restore.parse(_reopened(state))
+    # In the order in which they were made.
+    assert [each.number for each in parsed.attachments] == [7, 3]

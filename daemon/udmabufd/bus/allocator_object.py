@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from udmabufd.bus.info import entry, info
+from udmabufd.bus.info import allocator_row, device_row, entry, info, verdict
 from udmabufd.bus.objects import Call, Exported, Reply
 from udmabufd.bus.values import unwrap
 from udmabufd.core.buffer import Buffer
@@ -17,7 +17,6 @@ from udmabufd_client.contract import (
     ALLOCATOR_INTERFACE,
     MAX_FDS_PER_MESSAGE,
     SPEC_TYPES,
-    UDMABUF,
     VERSION,
     WRAP_TYPES,
     buffer_path,
@@ -32,7 +31,7 @@ class AllocatorObject:
         self._service = service
         self._room = room
         self._listing = asyncio.Lock()
-        limits, pool = service.limits, service.pool
+        limits, pool = service.limits, service.placement.pool
         self.exported = Exported(
             ALLOCATOR_INTERFACE,
             methods={
@@ -43,10 +42,13 @@ class AllocatorObject:
                 "Import": self.import_fd,
                 "ImportTicket": self.import_ticket,
                 "ListBuffers": self.list_buffers,
+                "Explain": self.explain,
+                "ListDevices": self.list_devices,
+                "ListAllocators": self.list_allocators,
             },
             getters={
                 "Version": lambda _: VERSION,
-                "UdmabufAvailable": lambda _: UDMABUF in pool.names,
+                "UdmabufAvailable": lambda _: service.udmabuf_available,
                 "Allocators": lambda _: pool.names,
                 "MaxBufferSize": lambda _: pool.max_size,
                 "MaxBytesPerUser": lambda _: limits.max_bytes_per_user,
@@ -60,6 +62,7 @@ class AllocatorObject:
                 "MaxCallsInFlightPerUser": lambda _: limits.max_calls_in_flight_per_user,
                 "MaxFdsInFlightPerUser": lambda _: limits.max_fds_in_flight_per_user,
                 "MaxSharesPerUser": lambda _: limits.max_shares_per_user,
+                "MaxAttachmentsPerUser": lambda _: limits.max_attachments_per_user,
                 "Buffers": lambda _: service.buffer_count,
                 "Bytes": lambda _: service.byte_count,
             },
@@ -107,6 +110,18 @@ class AllocatorObject:
             await asyncio.sleep(0)
             await self._room()
             return Reply([[entry(buffer) for buffer in self._service.list_for(call.holder.owner)]])
+
+    async def explain(self, call: Call, spec: dict[str, Variant]) -> Reply:
+        """See the XML."""
+        return Reply([[verdict(each) for each in await self._service.explain(call.holder, unwrap(spec, SPEC_TYPES))]])
+
+    async def list_devices(self, call: Call) -> Reply:
+        """See the XML."""
+        return Reply([[device_row(device) for device in await self._service.list_devices(call.holder)]])
+
+    def list_allocators(self, call: Call) -> Reply:
+        """See the XML."""
+        return Reply([[allocator_row(allocator) for allocator in self._service.placement.pool.allocators]])
 
     def _shared(self, call: Call, buffer: Buffer) -> Reply:
         return Reply([buffer_path(buffer.id), info(buffer)], sent=self._told(call, [buffer]))

@@ -7,26 +7,30 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from udmabufd.bus.info import info
+from udmabufd.bus.info import attachments, constraints, info
 from udmabufd.bus.objects import Call, Exported, Reply
 from udmabufd.bus.standard import properties_changed
 from udmabufd.bus.values import unwrap
-from udmabufd.core.buffer import Buffer
+from udmabufd.core.attachments import Attachment
+from udmabufd.core.buffer import Buffer, Holder
 from udmabufd.core.service import Service
 from udmabufd_base.codec import Variant
-from udmabufd_base.message import Message
-from udmabufd_client.contract import BUFFER_INTERFACE, GET_FD_TYPES, buffer_id, buffer_path
+from udmabufd_base.message import Message, MessageType
+from udmabufd_client.contract import ATTACH_TYPES, BUFFER_INTERFACE, GET_FD_TYPES, buffer_id, buffer_path
 
-_VALUES: dict[str, Callable[[Buffer], Any]] = {
-    "State": lambda buffer: buffer.state.value,
-    "Size": lambda buffer: buffer.request.size,
-    "Serial": lambda buffer: buffer.serial,
-    "Allocator": lambda buffer: "" if buffer.memory is None else buffer.memory.allocator,
-    "Name": lambda buffer: buffer.name,
-    # No device can attach yet.
-    "Constraints": lambda _buffer: {},
-    "Attachments": lambda _buffer: [],
+_VALUES: dict[str, Callable[[Buffer, Holder], Any]] = {
+    "State": lambda buffer, _: buffer.state.value,
+    "Size": lambda buffer, _: buffer.size,
+    "Serial": lambda buffer, _: buffer.serial,
+    "Allocator": lambda buffer, _: "" if buffer.memory is None else buffer.memory.allocator,
+    "Name": lambda buffer, _: buffer.name,
+    "Constraints": lambda buffer, _: constraints(buffer),
+    "Attachments": attachments,
 }
+"""Each property of a buffer as a holder sees it."""
+
+_LONG = frozenset({"Attachments"})
+"""Those whose value is not sent when it changes: many holders of a buffer with many attachments would be told much."""
 
 
 class BufferObject:
@@ -37,11 +41,14 @@ class BufferObject:
         self._emit = emit
         self._untold: dict[Buffer, set[str]] = {}
         service.changed = self.changed
+        service.attaching.detached = self.detached
         self.exported = Exported(
             BUFFER_INTERFACE,
             methods={
                 "GetFd": self.get_fd,
                 "GetTicket": self.get_ticket,
+                "Attach": self.attach,
+                "Detach": self.detach,
                 "SetName": self.set_name,
                 "Release": self.release,
             },
@@ -50,13 +57,26 @@ class BufferObject:
 
     async def get_fd(self, call: Call, options: dict[str, Variant]) -> Reply:
         """See the XML."""
-        unwrap(options, GET_FD_TYPES)
-        grant = await self._service.get_fd(call.holder, buffer_id(call.path))
+        attachment = unwrap(options, GET_FD_TYPES).get("attachment")
+        grant = await self._service.get_fd(call.holder, buffer_id(call.path), attachment)
         return Reply([0, info(grant.buffer)], [grant.fd])
 
     def get_ticket(self, call: Call) -> Reply:
         """See the XML."""
         return Reply([self._service.get(call.holder, buffer_id(call.path)).ticket])
+
+    async def attach(self, call: Call, device: str, options: dict[str, Variant]) -> Reply:
+        """See the XML."""
+        asked = unwrap(options, ATTACH_TYPES)
+        buffer, attachment = await self._service.attaching.attach(
+            call.holder, buffer_id(call.path), device, asked.get("constraints", {}), asked.get("dynamic", False)
+        )
+        return Reply([attachment.number, constraints(buffer)])
+
+    async def detach(self, call: Call, attachment: int) -> Reply:
+        """See the XML."""
+        await self._service.attaching.detach(call.holder, buffer_id(call.path), attachment)
+        return Reply()
 
     async def set_name(self, call: Call, name: str) -> Reply:
         """See the XML."""
@@ -79,9 +99,28 @@ class BufferObject:
         untold, self._untold = self._untold, {}
         properties = self.exported.interface.properties
         for buffer, names in untold.items():
-            changed = {name: Variant(properties[name].signature, _VALUES[name](buffer)) for name in sorted(names)}
+            invalidated = sorted(names & _LONG)
             for holder in buffer.shares:
-                self._emit(properties_changed(buffer_path(buffer.id), BUFFER_INTERFACE, changed, holder.name))
+                changed = {
+                    name: Variant(properties[name].signature, _VALUES[name](buffer, holder))
+                    for name in sorted(names - _LONG)
+                }
+                path = buffer_path(buffer.id)
+                self._emit(properties_changed(path, BUFFER_INTERFACE, changed, holder.name, invalidated))
 
-    def _getter(self, value: Callable[[Buffer], Any]) -> Callable[[Call], Any]:
-        return lambda call: value(self._service.get(call.holder, buffer_id(call.path)))
+    def detached(self, buffer: Buffer, attachment: Attachment, reason: str) -> None:
+        """Tell the connection that attached, and nobody else, that the device is gone."""
+        self._emit(
+            Message(
+                type=MessageType.SIGNAL,
+                path=buffer_path(buffer.id),
+                interface=BUFFER_INTERFACE,
+                member="Detached",
+                destination=attachment.holder.name,
+                signature=self.exported.interface.signals["Detached"],
+                body=[attachment.number, reason],
+            )
+        )
+
+    def _getter(self, value: Callable[[Buffer, Holder], Any]) -> Callable[[Call], Any]:
+        return lambda call: value(self._service.get(call.holder, buffer_id(call.path)), call.holder)

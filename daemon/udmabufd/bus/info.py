@@ -1,14 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""The dictionaries that tell of a buffer: `info`, and an entry of ListBuffers."""
+"""The dictionaries that tell of things: `info` of a buffer, its attachments, and the rows of the lists."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from udmabufd.bus.values import wrap
-from udmabufd.core.buffer import Buffer
+from udmabufd.core.allocator import Allocator
+from udmabufd.core.buffer import Buffer, Holder
+from udmabufd.core.device import Device
+from udmabufd.core.pool import Verdict
 from udmabufd_base.codec import Variant
-from udmabufd_client.contract import INFO_TYPES, LIST_TYPES, buffer_path
+from udmabufd_client.contract import (
+    ALLOCATOR_TYPES,
+    ATTACHMENT_TYPES,
+    CONSTRAINT_TYPES,
+    DEVICE_TYPES,
+    INFO_TYPES,
+    LIST_TYPES,
+    VERDICT_TYPES,
+    buffer_path,
+)
 
 MODIFIER_LINEAR = 0
 """DRM_FORMAT_MOD_LINEAR of include/uapi/drm/drm_fourcc.h."""
@@ -17,7 +29,7 @@ MODIFIER_LINEAR = 0
 def _plain(buffer: Buffer) -> dict[str, Any]:
     request, memory = buffer.request, buffer.memory
     values: dict[str, Any] = {
-        "size": request.size,
+        "size": buffer.size,
         "size_requested": request.size_requested,
         "kind": request.kind.value,
         "cache_requested": request.cache.value,
@@ -61,4 +73,83 @@ def entry(buffer: Buffer) -> dict[str, Variant]:
             "charged": buffer.charged,
         },
         LIST_TYPES,
+    )
+
+
+def constraints(buffer: Buffer) -> dict[str, Variant]:
+    """Return the merged constraints of `buffer`."""
+    return wrap(buffer.request.merged.constraints.values(), CONSTRAINT_TYPES)
+
+
+def attachments(buffer: Buffer, asking: Holder) -> list[dict[str, Variant]]:
+    """Return the attachments of `buffer`, as `asking` sees them."""
+    return [
+        wrap(
+            {
+                "attachment": attachment.number,
+                "device": attachment.wish.device,
+                "dynamic": attachment.wish.dynamic,
+                "pins": attachment.pins,
+                "own": attachment.holder is asking,
+            },
+            ATTACHMENT_TYPES,
+        )
+        for attachment in buffer.attachments.values()
+    ]
+
+
+def verdict(of: Verdict) -> dict[str, Variant]:
+    """Return a row of Explain."""
+    allocator, refusals = of
+    row: dict[str, Any] = {"allocator": allocator.name, "ok": not refusals}
+    for refusal in refusals[:1]:
+        row |= {
+            "field": refusal.field,
+            "device": refusal.device,
+            "reason": refusal.reason,
+            "remedy": refusal.remedy,
+        }
+    return wrap(row, VERDICT_TYPES)
+
+
+def device_row(device: Device) -> dict[str, Variant]:
+    """Return a row of ListDevices."""
+    return wrap(
+        {
+            "device": device.node or f"{device.subsystem}:{device.sysname}",
+            "subsystem": device.subsystem,
+            "label": device.label,
+            "driver": device.driver,
+            "dma_device": f"{device.dma_subsystem}:{device.dma_sysname}",
+            "dma_mask_bits": device.dma_mask_bits,
+            "iommu_group": device.iommu_group,
+            "iommu_type": device.iommu_type,
+            "numa_node": device.numa_node,
+            "constraints": device.constraints.values(),
+            "sources": dict(device.sources),
+        },
+        DEVICE_TYPES,
+    )
+
+
+def allocator_row(allocator: Allocator) -> dict[str, Variant]:
+    """Return a row of ListAllocators."""
+    capabilities, unavailable = allocator.capabilities, allocator.unavailable
+    return wrap(
+        {
+            "allocator": allocator.name,
+            "kind": capabilities.kind.value,
+            "available": unavailable is None,
+            "reason": None if unavailable is None else unavailable.reason,
+            "max_size": allocator.max_size,
+            "granule": capabilities.granule,
+            "contiguous": capabilities.contiguous,
+            "address_bits": capabilities.address_bits,
+            "cache": capabilities.cache.value,
+            "cache_evidence": capabilities.evidence.value,
+            "accounting": capabilities.accounting.value,
+            "free": allocator.free,
+            "sources": dict(capabilities.sources),
+        },
+        ALLOCATOR_TYPES,
     )

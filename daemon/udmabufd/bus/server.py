@@ -68,9 +68,11 @@ class Server:
         self._callers.expect()
         try:
             bus_id, names = await _who_is_there(self._connection)
-            return await custody.recover(discard, bus_id, names, uid, self._callers.find)
+            rows = await custody.recover(discard, bus_id, names, uid, self._callers.find)
         finally:
             self._callers.adopt(custody.registry.holders())
+        await self._service.attaching.resume()
+        return rows
 
     def _ended(self, holder: Holder) -> None:
         self._service.drop(holder)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from udmabufd.bus.dispatch import Dispatcher
@@ -21,8 +22,16 @@ DOCTYPE = (
 )
 
 
-def properties_changed(path: str, interface: str, changed: dict[str, Variant], destination: str = "") -> Message:
-    """Return the signal that properties have changed, to one connection or, without destination, to everyone."""
+def properties_changed(
+    path: str,
+    interface: str,
+    changed: dict[str, Variant],
+    destination: str = "",
+    invalidated: Sequence[str] = (),
+) -> Message:
+    """Return the signal that properties have changed, of `invalidated` ones without their values, to one connection
+    or, without destination, to everyone.
+    """
     return Message(
         type=MessageType.SIGNAL,
         path=path,
@@ -30,7 +39,7 @@ def properties_changed(path: str, interface: str, changed: dict[str, Variant], d
         member="PropertiesChanged",
         destination=destination,
         signature="sa{sv}as",
-        body=[interface, changed, []],
+        body=[interface, changed, list(invalidated)],
     )
 
 

@@ -57,19 +57,22 @@ class Admission:
 
     def __init__(
         self,
-        room: Callable[[], Room],
+        room: Callable[[int], Room],
         free_fds: Callable[[], int],
         shared_memory: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`shared_memory` gives the bytes of memfds that the kernel charges the service for, if it tells."""
+        """`room` gives what is left when so many bytes are counted against the control groups' limits beside what the
+        kernel counts; `shared_memory` the bytes of memfds that the kernel charges the service for, if it tells."""
         self._room = room
         self._free_fds = free_fds
         self._shared_memory = shared_memory
         self._bytes = 0
         self._fds = 0
 
-    def admit(self, byte_count: int, fds: int) -> Reservation:
-        """Reserve room for `byte_count` bytes and `fds` descriptors. Raises OutOfMemory with the figures."""
+    def admit(self, byte_count: int, fds: int, unaccounted: int = 0) -> Reservation:
+        """Reserve room for `byte_count` bytes and `fds` descriptors. `unaccounted` bytes, for which the kernel charges
+        no control group, count as if it did. Raises OutOfMemory with the figures.
+        """
         free = self._free_fds() - self._fds - SPARE_FDS
         if fds > free:
             emit(log, Event.DESCRIPTORS_SHORT, count=max(free, 0))
@@ -77,7 +80,7 @@ class Admission:
                 f"The service can open {max(free, 0)} more descriptors for buffers, and {fds} are needed; release "
                 "buffers, or raise LimitNOFILE= of the unit"
             )
-        room = self._room()
+        room = self._room(unaccounted)
         left = room.available - self._bytes - byte_count
         if left < RESERVE and byte_count:
             raise OutOfMemory(

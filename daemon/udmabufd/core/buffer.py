@@ -8,6 +8,7 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass, field
 
+from udmabufd.core.attachments import Attachment
 from udmabufd.core.ledger import Charge, Owner
 from udmabufd.core.memory import Memory
 from udmabufd.core.spec import Request
@@ -80,6 +81,10 @@ class Buffer:
     """Where its record is in the state, once it has one."""
     share_records: dict[Holder, tuple[int, int]] = field(default_factory=dict)
     """Slot and order of the record of each holder's shares."""
+    attachments: dict[int, Attachment] = field(default_factory=dict)
+    """By number."""
+    attached: int = 0
+    """The number of the last attachment that there was."""
 
     def __post_init__(self) -> None:
         self.name = self.name or self.request.name or f"udmabufd-{self.id}"
@@ -96,6 +101,11 @@ class Buffer:
         """Whether what clients had is given up, so that it cannot live again: its memory is a mere witness."""
         memory = self.memory
         return self.ended and memory is not None and memory.dma_buf is None and self.request.kind is Kind.DMA_BUF
+
+    @property
+    def size(self) -> int:
+        """Bytes of its memory, or of the memory that it would ask for now."""
+        return self.request.size if self.memory is None else self.memory.size
 
     @property
     def charged(self) -> int:

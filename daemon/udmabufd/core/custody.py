@@ -67,7 +67,7 @@ class Custody:
             count = sum(len(fds) for fds in self._former.inherited.values())
             emit(log, Event.STATE_UNREADABLE, reason=self._former.reason, count=count)
         elif self._found is None:
-            await self._store.put(STATE_NAME, [self.registry.state.fd], 0)
+            await self._store.put(STATE_NAME, [self.registry.recorder.state.fd], 0)
         else:
             self._restore(self._found, self._inherited)
             self._drop_orphans(self._inherited)
@@ -107,7 +107,7 @@ class Custody:
                 registry.drop(holder)
             if ended:
                 emit(log, Event.HOLDERS_ENDED, count=len(ended), holders=len(holders))
-        slot = registry.state.write(None if self._bus is None else self._bus[0], of_bus(bus_id))
+        slot = registry.recorder.state.write(None if self._bus is None else self._bus[0], of_bus(bus_id))
         self._bus = slot, bus_id
         return registry.holders()
 
@@ -143,8 +143,8 @@ class Custody:
     ) -> list[dict[str, Any]]:
         salvaged = None if discard else former.salvage()
         if salvaged is not None:
-            self.registry.state.close()
-            self.registry.state, found = salvaged
+            self.registry.recorder.state.close()
+            self.registry.recorder.state, found = salvaged
             same_bus = found.bus is not None and found.bus[1] == bus_id
             self._restore(found, former.inherited, known if same_bus else restore.nobody)
             rows = [row(buffer, "restored") for buffer in self.registry]
@@ -157,7 +157,7 @@ class Custody:
         if salvaged is None:
             # Last: what a state that can be read does not tell of is given up at the next start.
             self._store.drop(STATE_NAME)
-            await self._store.put(STATE_NAME, [self.registry.state.fd], 0)
+            await self._store.put(STATE_NAME, [self.registry.recorder.state.fd], 0)
         former.close()
         return rows
 
@@ -190,7 +190,8 @@ class Custody:
 
         def closed(future: asyncio.Future[None]) -> None:
             self._disposals.discard(future)
-            self.registry.refund_memory(buffer)
+            self.registry.billing.gone(memory)
+            self.registry.billing.refund_memory(buffer)
             if error := future.exception():
                 log.error("Closing the memory of a buffer failed", exc_info=error)
 
@@ -212,7 +213,7 @@ class Custody:
                 await self._workers.submit(buffer.memory.close)
         if self._former is not None:
             self._former.close()
-        self.registry.state.close()
+        self.registry.recorder.state.close()
 
     def _open_state(self) -> StateFile:
         """Return the former run's state, or a new one where there is none or it cannot be read."""

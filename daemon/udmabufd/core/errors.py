@@ -31,6 +31,23 @@ class InvalidSpec(AllocatorError):
         self.key = key
 
 
+class IncompatibleConstraints(AllocatorError):
+    """Two demands exclude each other. `field` is the constraint's key, `devices` whose demands they are."""
+
+    name = ErrorName.INCOMPATIBLE_CONSTRAINTS
+
+    def __init__(self, field: str, devices: tuple[str, str], reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.devices = devices
+
+
+class NoSuchDevice(AllocatorError):
+    """The device is not known to udev, or is gone."""
+
+    name = ErrorName.NO_SUCH_DEVICE
+
+
 class NoAllocator(AllocatorError):
     """No enabled allocator matches."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The events that the journal is told of by a MESSAGE_ID: refusals, limits and recoveries, with what they mean.
+"""The events that the journal is told of by a MESSAGE_ID: refusals, limits, recoveries, devices, with their meaning.
 
 The one table of them: `events` logs by it, the journal's catalog is made from it. A MESSAGE_ID is a random number
 (uuid4) that was made once and is never changed or used again. When an event happens is left to others.
@@ -64,7 +64,8 @@ class Event(Enum):
         "A buffer was refused for want of memory",
         "Refused {member} of {who}: {reason}",
         """There was no memory, or no file descriptor, for what the user @UDMABUFD_UID@ asked for; the message says
-        which. The memory of all buffers is charged to udmabufd.slice, and cannot be swapped out.
+        which. The memory of buffers is charged to udmabufd.slice, but for huge pages, heaps and wrapped memfds, and
+        cannot be swapped out.
 
         To give the service more, raise MemoryMax= and MemoryHigh= of udmabufd.slice in a drop-in (systemctl edit
         udmabufd.slice), or LimitNOFILE= of udmabufd.service for file descriptors. To give each user less, lower
@@ -111,7 +112,8 @@ class Event(Enum):
         "Nothing on this machine can serve a request",
         "Refused {member} of {who}: {reason}",
         """What the user @UDMABUFD_UID@ asked for is not to be had from this kernel and its devices, or for this
-        buffer; the message says why.""",
+        buffer; the message says why. udmabufctl explain, with the same arguments, says it for each allocator, and
+        what would help.""",
     )
     # Limits
 
@@ -315,11 +317,12 @@ class Event(Enum):
         logging.ERROR,
         "udmabuf is unavailable",
         "udmabuf is unavailable: {reason}",
-        """/dev/udmabuf is absent, cannot be opened, or a buffer made for a test was not as it should be. Only buffers
-        of the kind memfd are served. The service tries again at each event that udev has for the device.
+        """/dev/udmabuf is absent, cannot be opened, or a buffer made for a test was not as it should be. Served are
+        buffers of the kind memfd, and dma-bufs of the other allocators, where there are any (udmabufctl allocators).
+        The service tries again at each event that udev has for the device.
 
         modprobe udmabuf loads the driver, where the kernel has it as a module. The device must be open to the group of
-        the service; see udmabufd(8), DEVICE.""",
+        the service; see udmabufd(8), DEVICES AND GROUPS.""",
         EACH,
     )
     UDMABUF_BACK = (
@@ -327,6 +330,63 @@ class Event(Enum):
         NOTICE,
         "udmabuf is available again",
         "udmabuf is available again",
-        "/dev/udmabuf has appeared, or has passed its test: dma-bufs are served.",
+        "/dev/udmabuf has appeared, or has passed its test: dma-bufs are made with it.",
+        EACH,
+    )
+    # Devices and allocators
+
+    DEVICE_GONE = (
+        "c5de78476ac745b0853a5372f0e02add",
+        NOTICE,
+        "A device is gone, and so are its attachments to buffers",
+        "Device {device} is gone: {count} attachments of it to buffers ended",
+        """Buffers had been attached to the device @UDMABUFD_DEVICE@ when it was unplugged or its driver was unloaded.
+        Its constraints no longer count for them, and the clients that had attached it were told (Detached). The
+        buffers themselves, and their memory, stay.""",
+        EACH,
+    )
+    ALLOCATOR_SHORT = (
+        "7a3aab2794004269a35e7d0b1e60d6d7",
+        NOTICE,
+        "An allocator had no memory, and the next was asked",
+        "Allocator {allocator} could not serve {who}, so the next that suits was asked: {reason}",
+        """The allocator @UDMABUFD_ALLOCATOR@ suits what was asked for and is earlier in the configured order, but its
+        pool is empty or its heap used up. If no other one suits, the call is refused, and an entry of its own tells of
+        that. What served a buffer is in its info and in udmabufctl info.
+
+        The pool of huge pages is as large as the administrator makes it (sysctl vm.nr_hugepages), that of a contiguous
+        heap as the kernel's command line or the device tree says (cma=). udmabufctl allocators shows what is left.""",
+    )
+    ALLOCATOR_ADDED = (
+        "ea22698ff402420887e17ab2f663c488",
+        NOTICE,
+        "A heap or a card serves buffers",
+        "Allocator {allocator} has come and serves buffers",
+        """The device of the allocator @UDMABUFD_ALLOCATOR@, a dma-heap or a DRM card that udmabufd.toml(5) names, has
+        appeared or can now be opened. udmabufctl allocators shows what its memory is like.""",
+        EACH,
+    )
+    ALLOCATOR_GONE = (
+        "827bb81ff54642e2961f838b9fa86b4d",
+        NOTICE,
+        "A heap or a card serves no buffers any more",
+        "Allocator {allocator} serves no buffers any more: {reason}",
+        """The device of the allocator @UDMABUFD_ALLOCATOR@, a dma-heap or a DRM card that udmabufd.toml(5) names, is
+        gone, or cannot be opened or used; the message says which. Buffers that it has made stay as they are. The
+        service tries again at each event that udev has for the device.
+
+        If the service may not open it, the group of the node is not one of its groups; if the unit's device policy
+        forbids it, its sandbox does: udmabufd(8), DEVICES AND GROUPS, has the drop-in for both.""",
+        EACH,
+    )
+    CONSTRAINTS_CONTRADICT = (
+        "7d1b9112ad45424eaed24499adc404b1",
+        logging.WARNING,
+        "Entries of the constraint database contradict each other",
+        "The constraint database contradicts itself on device {device}: {reason}",
+        """Two entries that match the device @UDMABUFD_DEVICE@ cannot both be met; the message names the key and where
+        each is from. Until one of them is changed, a buffer cannot be attached to the device: IncompatibleConstraints.
+
+        An entry is overruled by a file of the same name in /etc/udmabufd/devices.d; see udmabufd.devices(5).""",
         EACH,
     )

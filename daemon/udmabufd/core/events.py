@@ -37,10 +37,12 @@ REFUSALS: Final[dict[ErrorName, Event]] = {
 """What the journal is told of when a call is answered by an error; the other errors are between client and service."""
 
 FIELDS: Final[dict[str, str]] = {
+    "allocator": "name of the allocator",
     "application": "name of the application, as its cgroup tells",
     "buffer": "id of the buffer",
     "client": "unique name of the connection",
     "count": "how many there are of what the event is about",
+    "device": "device, as the caller or udev names it",
     "error": "name of the error, without its prefix",
     "holders": "number of holders",
     "limit": "name of the limit",

@@ -28,6 +28,7 @@ class Resource(StrEnum):
     WRAPPED = "wrapped bytes"
     BUFFERS = "buffers"
     SHARES = "shares"
+    ATTACHMENTS = "attachments"
     FDS = "descriptors on their way"
     CALLS = "calls under way"
 
@@ -70,6 +71,11 @@ _USER_RULES: dict[Resource, _Rule] = {
         "max_shares_per_user",
         QuotaExceeded,
         "One more connection with a share would exceed this user's limit {name} of {limit}; there are {present}",
+    ),
+    Resource.ATTACHMENTS: _Rule(
+        "max_attachments_per_user",
+        QuotaExceeded,
+        "One more attachment would exceed this user's limit {name} of {limit}; there are {present}",
     ),
     Resource.FDS: _Rule(
         "max_fds_in_flight_per_user",

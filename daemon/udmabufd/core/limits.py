@@ -59,6 +59,9 @@ class Limits:
     max_shares_per_user: int = _limit(
         4096, 1, 1_000_000, "shares", "Pairs of a connection of one user and a buffer that it holds."
     )
+    max_attachments_per_user: int = _limit(
+        1024, 1, 1_000_000, "attachments", "Attachments that the connections of one user may have together."
+    )
     max_calls_per_window: int = _limit(
         20_000, 1, 1_000_000_000, "calls", "Calls that one user may make within call_window_usec."
     )

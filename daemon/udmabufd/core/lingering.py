@@ -144,7 +144,7 @@ class Lingering:
     @staticmethod
     def _tell(event: Event, buffer: Buffer, **fields: Any) -> None:
         uid, application = buffer.payer
-        emit(log, event, buffer=buffer.id, uid=uid, application=application, size=buffer.request.size, **fields)
+        emit(log, event, buffer=buffer.id, uid=uid, application=application, size=buffer.size, **fields)
 
     async def _looked_at(self, buffer: Buffer) -> bool:
         """Look once; return whether there is nothing more to follow."""
@@ -225,6 +225,7 @@ class Lingering:
             await self._settled(buffer.stored_as)
             await self._workers.submit(memory.close)
         finally:
+            self._registry.billing.gone(memory)
             if charge is not None:
                 charge.release()
 

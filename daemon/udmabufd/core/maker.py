@@ -1,25 +1,35 @@
 # SPDX-License-Identifier: MIT
 """Gives buffers their memory: charge, admit, fill, store, record, in this order, all of a call's buffers or none.
 
-Which memory, and how it is filled, is the caller's choice; who may have it, the service's.
+Which sources are asked, and in which order, is the caller's choice; who may have memory, the service's. A source that
+has run out is followed by the next.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 
 from udmabufd.core.admission import Admission
 from udmabufd.core.buffer import Buffer
 from udmabufd.core.custody import Custody
-from udmabufd.core.errors import NoSuchBuffer, OutOfMemory, QuotaExceeded
+from udmabufd.core.errors import (
+    AllocatorError,
+    KernelLimit,
+    NoAllocator,
+    NoSuchBuffer,
+    NotSupported,
+    OutOfMemory,
+    QuotaExceeded,
+    UdmabufUnavailable,
+)
 from udmabufd.core.events import Event, emit
-from udmabufd.core.memory import Memory
+from udmabufd.core.memory import Accounting, Memory
 from udmabufd.core.store import Store
 from udmabufd.core.workers import Workers
-from udmabufd_client.contract import Kind
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +39,22 @@ FDS_PER_BUFFER = 3
 Fill = Callable[[bool], list[Memory]]
 """Makes a memory for each buffer, or none, and raises; blocks. To be called with whether the limit is near, so that a
 child had better fill the memory."""
+
+_NEXT = (OutOfMemory, UdmabufUnavailable, KernelLimit, NoAllocator, NotSupported)
+"""What a source refuses with that another one need not: it has run out, has gone, or its kernel driver refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One way to get the memory: of the allocator `name`, `size` bytes for each buffer, charged by the kernel as
+    `accounting` says, made by `fill`.
+    """
+
+    name: str
+    size: int
+    accounting: Accounting
+    fill: Fill
+
 
 Run = Callable[[Callable[[], list[Memory]]], Awaitable[Sequence[Memory]]]
 """Runs a job off the event loop."""
@@ -43,19 +69,14 @@ class Maker:
         self._store = store
         self._workers = workers
 
-    async def make(self, buffers: list[Buffer], make: Fill, run: Run | None = None) -> None:
-        """Give `buffers`, alike and with their backing locks held by the caller, the memory that `make` makes, in one
-        of the workers or where `run` runs it.
+    async def make(self, buffers: list[Buffer], sources: Iterable[Source], run: Run | None = None) -> None:
+        """Give `buffers`, alike and with their backing locks held by the caller, the memory of the first of `sources`
+        that has some, made in one of the workers or where `run` runs it.
 
-        Raises QuotaExceeded, OutOfMemory, what `make` raises, and NoSuchBuffer if one ended meanwhile; the others
-        have their memory then.
+        Raises QuotaExceeded, OutOfMemory, what the first source refused with if none has any, and NoSuchBuffer if a
+        buffer ended meanwhile; the others have their memory then.
         """
-        await self._charge(buffers)
-        try:
-            memories = await self._fill(buffers, make, run or self._workers.submit)
-        except BaseException:
-            self._refund(buffers)
-            raise
+        memories = await self._first(buffers, sources, run or self._workers.submit)
         # From here on each memory belongs to its buffer, or is disposed of with its charge.
         ended = False
         for done, (buffer, memory) in enumerate(zip(buffers, memories, strict=True)):
@@ -75,38 +96,70 @@ class Maker:
     def check_left_behind(self) -> None:
         """Raise OutOfMemory when clients have left too much of their memory to the service; see admission."""
         own = sum(
-            buffer.request.size
+            buffer.memory.size
             for buffer in self._custody.registry
-            if buffer.memory is not None and buffer.memory.provable
+            if buffer.memory is not None and buffer.memory.accounting is Accounting.SERVICE
         )
         self._admission.check_left_behind(own)
 
-    async def _charge(self, buffers: list[Buffer]) -> None:
+    async def _first(self, buffers: list[Buffer], sources: Iterable[Source], run: Run) -> Sequence[Memory]:
+        """Return the memories of the first source that has them, charged."""
+        failure: AllocatorError | None = None
+        short: tuple[str, AllocatorError] | None = None
+        for source in sources:
+            if short is not None:
+                name, reason = short
+                uid = buffers[0].payer.uid
+                emit(log, Event.ALLOCATOR_SHORT, allocator=name, uid=uid, reason=str(reason))
+            try:
+                await self._charge(buffers, source.size)
+            except QuotaExceeded as error:
+                # The next may round up less.
+                failure, short = failure or error, None
+                continue
+            try:
+                return await self._fill(buffers, source, run)
+            except _NEXT as error:
+                self._refund(buffers)
+                failure, short = failure or error, (source.name, error)
+            except BaseException:
+                self._refund(buffers)
+                raise
+        assert failure is not None
+        raise failure
+
+    async def _charge(self, buffers: list[Buffer], size: int) -> None:
         try:
-            self._charge_all(buffers)
+            self._charge_all(buffers, size)
         except QuotaExceeded:
             # Some of what is charged may be free by now.
             await self._custody.lingering.look_again(buffers[0].payer.uid)
-            self._charge_all(buffers)
+            self._charge_all(buffers, size)
 
-    def _charge_all(self, buffers: list[Buffer]) -> None:
+    def _charge_all(self, buffers: list[Buffer], size: int) -> None:
+        billing = self._custody.registry.billing
         with ExitStack() as undo:
             for buffer in buffers:
-                self._custody.registry.charge_memory(buffer)
-                undo.callback(self._custody.registry.refund_memory, buffer)
+                billing.charge_memory(buffer, size)
+                undo.callback(billing.refund_memory, buffer)
             undo.pop_all()
 
     def _refund(self, buffers: list[Buffer]) -> None:
         for buffer in buffers:
-            self._custody.registry.refund_memory(buffer)
+            self._custody.registry.billing.refund_memory(buffer)
 
-    async def _fill(self, buffers: list[Buffer], make: Fill, run: Run) -> Sequence[Memory]:
-        request = buffers[0].request
-        # Pages of a memfd that is handed out are their first toucher's.
-        byte_count = 0 if request.kind is Kind.MEMFD else request.size * len(buffers)
-        with self._admission.admit(byte_count, FDS_PER_BUFFER * len(buffers)) as reservation:
+    async def _fill(self, buffers: list[Buffer], source: Source, run: Run) -> Sequence[Memory]:
+        # A pool is full or empty, and pages of a memfd that is handed out are their first toucher's.
+        ours = source.accounting in (Accounting.SERVICE, Accounting.SYSTEM)
+        byte_count = source.size * len(buffers) if ours else 0
+        unaccounted = self._custody.registry.billing.unaccounted
+        with self._admission.admit(byte_count, FDS_PER_BUFFER * len(buffers), unaccounted) as reservation:
             try:
-                return await run(partial(make, reservation.close))
+                memories = await run(partial(source.fill, reservation.close))
+                for memory in memories:
+                    # Before the reservation ends: from here on it is counted as what there is.
+                    self._custody.registry.billing.arrived(memory)
+                return memories
             except OutOfMemory as error:
                 if reservation.close:
                     emit(log, Event.FILL_KILLED, size=byte_count, uid=buffers[0].payer.uid, reason=str(error))

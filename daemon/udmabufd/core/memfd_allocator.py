@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from udmabufd.core.allocator import Populate, refuse_other_caches
-from udmabufd.core.errors import AllocatorError
-from udmabufd.core.memory import Memory
+from udmabufd.core.allocator import Capabilities, Populate, Refusal
+from udmabufd.core.matching import refusals
+from udmabufd.core.memory import Accounting, Memory
 from udmabufd.core.spec import MAX_SIZE, Request
 from udmabufd.linux import fdstat, memfd
+from udmabufd.linux.addresses import highest_address_bits
 from udmabufd_client.contract import MEMFD, Cache, CacheEvidence, Kind
 
 
@@ -21,15 +22,16 @@ class MemfdAllocator:
     """See the module; `max_size` bytes is what a user may hold in all."""
 
     name = MEMFD
-    kind = Kind.MEMFD
-    unavailable: AllocatorError | None = None
+    capabilities = Capabilities(kind=Kind.MEMFD, accounting=Accounting.CLIENT)
+    unavailable: Refusal | None = None
+    free: int | None = None
 
     def __init__(self, max_size: int) -> None:
         self.max_size = min(max_size, MAX_SIZE)
 
-    def match(self, request: Request) -> AllocatorError | None:
-        """Return the refusal of a cache attribute, or None; sizes are the ledger's matter."""
-        return refuse_other_caches(request)
+    def match(self, request: Request) -> tuple[Refusal, ...]:
+        """Return why it does not suit; sizes are the ledger's matter."""
+        return refusals(self.name, self.capabilities, request, highest_address_bits)
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         """Make a memfd of request.size bytes, sealed SHRINK, GROW and SEAL, and leave its pages to the client:
@@ -42,6 +44,7 @@ class MemfdAllocator:
             undo.pop_all()
         return Memory(
             allocator=self.name,
+            size=request.size,
             memfd=fd,
             dma_buf=None,
             device=identity.device,
@@ -49,4 +52,8 @@ class MemfdAllocator:
             cache=Cache.CACHED,
             evidence=CacheEvidence.DEFAULT,
             needs_sync=False,
+            accounting=Accounting.CLIENT,
         )
+
+    def close(self) -> None:
+        """Do nothing: there is no device."""

@@ -10,25 +10,42 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from enum import StrEnum
 
 from udmabufd.linux import dmabuf
+from udmabufd.linux.hold import Hold
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client.contract import MEMFD, WRAPPED, Cache, CacheEvidence
 
 log = logging.getLogger(__name__)
 
 
+class Accounting(StrEnum):
+    """Whom the kernel charges for memory."""
+
+    SERVICE = "service"
+    """The service's control group, where more than memory.max is a kill."""
+    POOL = "pool"
+    """A pool that an administrator has set aside: huge pages."""
+    SYSTEM = "system"
+    """Nobody's control group: dma-heaps."""
+    CLIENT = "client"
+    """Whoever touches it first."""
+
+
 @dataclass(slots=True)
 class Memory:
-    """Backing of one buffer. `memfd` is never mapped and, beside a `dma_buf`, never handed out; memory that is not
-    the service's own has none.
+    """Backing of one buffer, of `size` bytes. `memfd` is never mapped and, beside a `dma_buf`, never handed out; only
+    memory of memfds of the service's own has one.
 
     `cache` and `evidence` say what CPU mappings really are and how that is known; `needs_sync` whether CPU access
     needs the DMA_BUF_SYNC brackets to be correct. `device` (major, minor) and `inode` identify the file that clients
-    get. `stored` is set while the store has a reference of its own to each descriptor.
+    get. `accounting` says whom the kernel charges. `hold` is what keeps the pages of memory that the kernel would drop
+    while nobody uses it. `stored` is set while the store has a reference of its own to each descriptor.
     """
 
     allocator: str
+    size: int
     memfd: OwnedFd | None
     dma_buf: OwnedFd | None
     device: tuple[int, int]
@@ -37,6 +54,8 @@ class Memory:
     evidence: CacheEvidence
     needs_sync: bool
     stored: bool = False
+    accounting: Accounting = Accounting.SERVICE
+    hold: Hold | None = None
 
     @property
     def exported(self) -> OwnedFd:
@@ -68,7 +87,8 @@ class Memory:
         if self.dma_buf is None:
             return None
         try:
-            return max(dmabuf.fdinfo(self.dma_buf.fileno()).count - 1 - self.stored, 0)
+            own = 1 + self.stored + (self.hold is not None)
+            return max(dmabuf.fdinfo(self.dma_buf.fileno()).count - own, 0)
         except (OSError, ValueError) as error:
             log.warning("Cannot read the reference count of a dma-buf: %s", error)
             return None
@@ -80,6 +100,9 @@ class Memory:
 
     def close(self) -> None:
         """Close both descriptors; further calls do nothing."""
+        if self.hold is not None:
+            self.hold.close()
+            self.hold = None
         if self.dma_buf is not None:
             self.dma_buf.close()
         if self.memfd is not None:

@@ -1,30 +1,83 @@
 # SPDX-License-Identifier: MIT
-"""Which allocator serves a request: the first in order that matches and does not run out."""
+"""Which allocators may serve a request, in which order, and why the others may not.
+
+The one place of that decision: a call that allocates and one that only asks (Explain) are answered by the same lines.
+What turns out only when allocating is the maker's matter: it goes on to the next.
+"""
 
 from __future__ import annotations
 
-import errno
+import fnmatch
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 
-from udmabufd.core.allocator import Allocator, Populate
-from udmabufd.core.errors import AllocatorError, KernelLimit, NoAllocator, UdmabufUnavailable, from_oserror
+from udmabufd.core.allocator import Allocator, Populate, Refusal
+from udmabufd.core.errors import (
+    AllocatorError,
+    CacheUnavailable,
+    IncompatibleConstraints,
+    KernelLimit,
+    NoAllocator,
+    OutOfMemory,
+    UdmabufUnavailable,
+    from_oserror,
+)
 from udmabufd.core.memory import Memory
-from udmabufd.core.spec import Request
+from udmabufd.core.spec import SPEC, Request
 from udmabufd_client.contract import Kind
 
 log = logging.getLogger(__name__)
 
-_EXHAUSTED = {errno.ENOMEM, errno.ENOSPC}
-"""This allocator has run out; another may serve."""
+Verdict = tuple[Allocator, tuple[Refusal, ...]]
+"""An allocator, and why it does not suit: nothing if it does."""
+
+_CIRCUMSTANCES = (UdmabufUnavailable, KernelLimit, CacheUnavailable, OutOfMemory)
+"""What an allocator refuses with that would suit otherwise."""
 
 
 class Pool:
     """The enabled allocators in order of preference."""
 
-    def __init__(self, allocators: Sequence[Allocator]) -> None:
-        self._allocators = tuple(allocators)
+    def __init__(self, order: Sequence[str], allocators: Iterable[Allocator] = ()) -> None:
+        """`order` has names of allocators, or patterns such as `heap:*`; what is not in it is not enabled."""
+        self._order = tuple(order)
+        self._allocators: list[Allocator] = []
+        for allocator in allocators:
+            self.add(allocator)
+
+    def add(self, allocator: Allocator) -> bool:
+        """Take `allocator`, in place of one of the same name, or close it; return whether it is enabled."""
+        self.remove(allocator.name)
+        if self._rank(allocator.name) is None:
+            allocator.close()
+            return False
+        # Among those of one pattern the order is that of their names.
+        self._allocators = sorted((*self._allocators, allocator), key=lambda a: (self._rank(a.name) or 0, a.name))
+        return True
+
+    def remove(self, name: str) -> bool:
+        """Close and forget the allocator `name`; return whether there was one."""
+        found = self.find(name)
+        if found is not None:
+            self._allocators.remove(found)
+            found.close()
+        return found is not None
+
+    def find(self, name: str) -> Allocator | None:
+        """Return the allocator `name`, if it is there and enabled."""
+        return next((allocator for allocator in self._allocators if allocator.name == name), None)
+
+    def close(self) -> None:
+        """Close all of them."""
+        for allocator in tuple(self._allocators):
+            self.remove(allocator.name)
+
+    @property
+    def allocators(self) -> tuple[Allocator, ...]:
+        """All of them, in order."""
+        return tuple(self._allocators)
 
     @property
     def names(self) -> list[str]:
@@ -35,60 +88,82 @@ class Pool:
     def max_size(self) -> int:
         """Bytes of the largest dma-buf that can be had now; of the largest memfd while no dma-buf can."""
         for kind in (Kind.DMA_BUF, Kind.MEMFD):
-            if size := max((a.max_size for a in self._allocators if a.kind is kind), default=0):
+            if size := max((a.max_size for a in self._allocators if a.capabilities.kind is kind), default=0):
                 return size
         return 0
 
-    def select(self, request: Request) -> list[Allocator]:
-        """Return the allocators that can serve `request`, best first. Raises why none can."""
-        candidates = [
-            allocator
-            for allocator in self._allocators
-            if allocator.kind is request.kind and request.allocator in (None, allocator.name)
-        ]
-        if not candidates:
-            enabled = ", ".join(allocator.name for allocator in self._allocators)
-            raise NoAllocator(f"allocator: {request.allocator!r} is not among the enabled allocators {enabled}")
-        verdicts = [(allocator, allocator.match(request)) for allocator in candidates]
-        if matching := [allocator for allocator, refusal in verdicts if refusal is None]:
-            return matching
-        raise _sum_up([refusal for _, refusal in verdicts if refusal is not None])
+    def verdicts(self, request: Request) -> list[Verdict]:
+        """Return what each allocator says to `request`, in order."""
+        return [(allocator, allocator.match(request)) for allocator in self._allocators]
 
-    def allocate_all(self, request: Request, names: Sequence[str], populate: Populate) -> list[Memory]:
-        """Make memory for each of `names`, all of them or none; otherwise as allocate()."""
+    def explain(self, make_request: Callable[[], Request]) -> list[Verdict]:
+        """Return verdicts() of the request that `make_request` makes; if its demands exclude each other, each
+        allocator refuses for that.
+        """
+        try:
+            request = make_request()
+        except IncompatibleConstraints as error:
+            _, reason = str(error).split(": ", 1)
+            one, other = error.devices
+            remedy = f"use separate buffers for {one} and {other}"
+            if SPEC in error.devices:
+                remedy = f"leave {error.field} out of spec.constraints, or use a smaller picture"
+            refusal = Refusal(error.field, error.devices[0], reason, remedy, error)
+            return [(allocator, (refusal,)) for allocator in self._allocators]
+        return self.verdicts(request)
+
+    def select(self, request: Request) -> Iterator[Allocator]:
+        """Return the allocators that can serve `request`, best first. Raises why none can.
+
+        Each is judged when its turn comes: most calls need the first one alone.
+        """
+        verdicts: list[Verdict] = []
+        rest = iter(self.allocators)
+        for allocator in rest:
+            refusals = allocator.match(request)
+            if not refusals:
+                return chain((allocator,), (other for other in rest if not other.match(request)))
+            verdicts.append((allocator, refusals))
+        raise self._sum_up(request, verdicts)
+
+    def _sum_up(self, request: Request, verdicts: Sequence[Verdict]) -> AllocatorError:
+        """Return the one error for what every allocator refused."""
+        if request.allocator is not None:
+            for allocator, refusals in verdicts:
+                if allocator.name == request.allocator:
+                    return refusals[0].error
+            enabled = ", ".join(allocator.name for allocator in self._allocators)
+            return NoAllocator(f"allocator: {request.allocator!r} is not among the enabled allocators {enabled}")
+        reasons = [(a.name, refusals[0]) for a, refusals in verdicts if a.capabilities.kind is request.kind]
+        circumstances = [refusal.error for _, refusal in reasons if isinstance(refusal.error, _CIRCUMSTANCES)]
+        if circumstances and all(type(error) is type(circumstances[0]) for error in circumstances):
+            return circumstances[0]
+        if not reasons:
+            return NoAllocator(f"No allocator of kind {request.kind} is enabled")
+        alike: dict[str, list[str]] = {}
+        for name, refusal in reasons:
+            alike.setdefault(f"{refusal.field or 'unavailable'}: {refusal.reason}", []).append(name)
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items())
+        return NoAllocator(f"No enabled allocator suits. {told}")
+
+    def _rank(self, name: str) -> int | None:
+        """Return the place of `name` in the order, None if it has none."""
+        return next((i for i, pattern in enumerate(self._order) if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def allocate_all(allocator: Allocator, request: Request, names: Sequence[str], populate: Populate) -> list[Memory]:
+    """Have `allocator` make memory for each of `names`, all of them or none, filled by `populate` where it is to be
+    filled. Blocks: for worker threads. Raises typed errors; nothing is left behind then.
+    """
+    try:
         with ExitStack() as undo:
             memories = []
             for name in names:
-                memory = self.allocate(request, name, populate)
+                memory = allocator.allocate(request, name, populate)
                 undo.callback(memory.close)
                 memories.append(memory)
             undo.pop_all()
         return memories
-
-    def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
-        """Make memory for `request` with the first allocator that has some, filled by `populate` where it is to be
-        filled. Blocks: for worker threads.
-
-        Raises the typed error of the last one tried; nothing is left behind then.
-        """
-        failure: AllocatorError | None = None
-        for allocator in self.select(request):
-            try:
-                return allocator.allocate(request, name, populate)
-            except UdmabufUnavailable as error:
-                # The device went away since it was selected.
-                failure = error
-            except OSError as error:
-                log.warning("Allocator %s: %d bytes: %s", allocator.name, request.size, error)
-                failure = from_oserror(error, f"making a buffer of {request.size} bytes")
-                if error.errno not in _EXHAUSTED:
-                    break
-        assert failure is not None
-        raise failure
-
-
-def _sum_up(refusals: list[AllocatorError]) -> AllocatorError:
-    """Return the one error for what every candidate refused."""
-    if len(refusals) == 1 or all(isinstance(refusal, KernelLimit) for refusal in refusals):
-        return refusals[0]
-    return NoAllocator("No enabled allocator matches: " + "; ".join(map(str, refusals)))
+    except OSError as error:
+        log.warning("Allocator %s: %d bytes: %s", allocator.name, request.size, error)
+        raise from_oserror(error, f"making a buffer of {request.size} bytes") from error

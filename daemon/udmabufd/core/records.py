@@ -12,16 +12,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from udmabufd.core.attachments import Attachment, Wish
 from udmabufd.core.buffer import Buffer, Holder, Repeat
+from udmabufd.core.constraints import Constraints
+from udmabufd.core.errors import InvalidSpec
 from udmabufd.core.layout import Layout
 from udmabufd.core.ledger import Owner
+from udmabufd.core.memory import Accounting
 from udmabufd.core.spec import Request
 from udmabufd.core.state import Unreadable
-from udmabufd_client.contract import Cache, CacheEvidence, CachePolicy, Kind
+from udmabufd_client.contract import MEMFD, WRAPPED, Cache, CacheEvidence, CachePolicy, Kind
 
 BUS: Final = "bus"
 BUFFER: Final = "buffer"
 SHARE: Final = "share"
+ATTACHMENT: Final = "attachment"
 """Kinds of records, in their key `is`."""
 
 T = TypeVar("T")
@@ -32,11 +37,14 @@ class StoredMemory:
     """Which descriptors of the store are the memory of a buffer; inode numbers, None for a part that it has not."""
 
     allocator: str
+    size: int
     memfd: int | None
     dma_buf: int | None
     cache: Cache
     evidence: CacheEvidence
     needs_sync: bool
+    accounting: Accounting
+    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,7 @@ class StoredBuffer:
     ended: bool
     kept: bool
     stored_as: str
+    attached: int
     memory: StoredMemory | None
 
 
@@ -69,6 +78,19 @@ class StoredShare:
     owner: Owner
     count: int
     answered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAttachment:
+    """An attachment as its record has it."""
+
+    slot: int
+    order: int
+    buffer: str
+    holder: str
+    number: int
+    wish: Wish
+    pins: int
 
 
 def of_buffer(buffer: Buffer, order: int) -> dict[str, Any]:
@@ -86,6 +108,7 @@ def of_buffer(buffer: Buffer, order: int) -> dict[str, Any]:
         "ended": buffer.ended,
         "kept": buffer.kept,
         "stored_as": buffer.stored_as,
+        "attached": buffer.attached,
         "request": {
             "size": request.size,
             "size_requested": request.size_requested,
@@ -98,16 +121,20 @@ def of_buffer(buffer: Buffer, order: int) -> dict[str, Any]:
             "cache": request.cache,
             "cache_policy": request.cache_policy,
             "allocator": request.allocator,
+            "constraints": request.constraints.values(),
         },
     }
     if memory is not None:
         record["memory"] = {
             "allocator": memory.allocator,
+            "size": memory.size,
             "memfd": memory.memfd_inode,
             "dma_buf": None if memory.dma_buf is None else memory.inode,
             "cache": memory.cache,
             "evidence": memory.evidence,
             "needs_sync": memory.needs_sync,
+            "accounting": memory.accounting,
+            "held": memory.hold is not None,
         }
     if repeat is not None:
         record["repeat"] = [list(repeat.owner), *dataclasses.astuple(repeat)[1:]]
@@ -124,6 +151,23 @@ def of_share(buffer: Buffer, holder: Holder, order: int) -> dict[str, Any]:
         "owner": list(holder.owner),
         "count": buffer.shares[holder],
         "answered": holder in buffer.answered,
+    }
+
+
+def of_attachment(buffer: Buffer, attachment: Attachment, order: int) -> dict[str, Any]:
+    """Return the record of `attachment`."""
+    wish = attachment.wish
+    return {
+        "is": ATTACHMENT,
+        "order": order,
+        "buffer": buffer.id,
+        "holder": attachment.holder.name,
+        "number": attachment.number,
+        "device": wish.device,
+        "path": wish.path,
+        "constraints": wish.constraints.values(),
+        "dynamic": wish.dynamic,
+        "pins": attachment.pins,
     }
 
 
@@ -157,10 +201,30 @@ def share_of(slot: int, record: Mapping[str, Any]) -> StoredShare:
     )
 
 
+def attachment_of(slot: int, record: Mapping[str, Any]) -> StoredAttachment:
+    """Return the attachment. Raises Unreadable."""
+    return _parse(
+        lambda: StoredAttachment(
+            slot,
+            int(record["order"]),
+            str(record["buffer"]),
+            str(record["holder"]),
+            int(record["number"]),
+            Wish(
+                str(record["device"]),
+                str(record["path"]),
+                Constraints.from_values(record["constraints"]),
+                bool(record["dynamic"]),
+            ),
+            int(record["pins"]),
+        )
+    )
+
+
 def _parse(parse: Callable[[], T]) -> T:
     try:
         return parse()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, InvalidSpec) as error:
         raise Unreadable(f"a record does not make sense ({type(error).__name__}: {error})") from error
 
 
@@ -180,15 +244,19 @@ def _buffer_of(slot: int, record: Mapping[str, Any]) -> StoredBuffer:
         ended=bool(record.get("ended", False)),
         kept=bool(record.get("kept", False)),
         stored_as=str(record["stored_as"]),
+        attached=int(record.get("attached", 0)),
         memory=None
         if memory is None
         else StoredMemory(
             allocator=str(memory["allocator"]),
+            size=int(memory.get("size", record["request"]["size"])),
             memfd=memory["memfd"],
             dma_buf=memory["dma_buf"],
             cache=Cache(memory["cache"]),
             evidence=CacheEvidence(memory["evidence"]),
             needs_sync=bool(memory["needs_sync"]),
+            accounting=_accounting(memory),
+            held=bool(memory.get("held", False)),
         ),
     )
 
@@ -207,7 +275,14 @@ def _request(record: Mapping[str, Any]) -> Request:
         cache=Cache(record["cache"]),
         cache_policy=CachePolicy(record["cache_policy"]),
         allocator=record["allocator"],
+        constraints=Constraints.from_values(record.get("constraints", {})),
     )
+
+
+def _accounting(memory: Mapping[str, Any]) -> Accounting:
+    # Older states know only udmabuf, memfd and wrapped.
+    older = Accounting.CLIENT if memory["allocator"] in (MEMFD, WRAPPED) else Accounting.SERVICE
+    return Accounting(memory.get("accounting", older))
 
 
 def _owner(value: Any) -> Owner:

@@ -15,17 +15,31 @@ from udmabufd.core import restore
 from udmabufd.core.buffer import Buffer
 from udmabufd.core.errors import InvalidSpec
 from udmabufd.core.ledger import Owner
-from udmabufd.core.memory import Memory
+from udmabufd.core.memory import Accounting, Memory
 from udmabufd.core.spec import Request, check_name
 from udmabufd.core.state import StateFile, Unreadable
 from udmabufd.core.store import Store
 from udmabufd.linux import dmabuf, fdstat, memfd
+from udmabufd.linux.hold import Hold
 from udmabufd_base.fd import OwnedFd, close_all
-from udmabufd_client.contract import MEMFD, UDMABUF, WRAPPED, Cache, CacheEvidence, Kind, buffer_path
+from udmabufd_client.contract import (
+    DUMB_PREFIX,
+    HEAP_PREFIX,
+    MEMFD,
+    UDMABUF,
+    WRAPPED,
+    Cache,
+    CacheEvidence,
+    Kind,
+    buffer_path,
+)
 
 log = logging.getLogger(__name__)
 
 _NOBODY = Owner(0, "")
+
+DRM_EXPORTER = "drm"
+"""Exporter of the dma-bufs of all DRM drivers that use drm_prime.c."""
 
 
 @dataclass(slots=True)
@@ -78,7 +92,7 @@ def row(buffer: Buffer, action: str) -> dict[str, Any]:
     """Return what is told of a buffer, with the keys of the contract."""
     return {
         "buffer": buffer_path(buffer.id),
-        "size": buffer.request.size,
+        "size": buffer.size,
         "kind": buffer.request.kind.value,
         "name": buffer.name,
         "inode": None if buffer.memory is None else buffer.memory.inode,
@@ -97,7 +111,7 @@ def _stranger(name: str, memfds: list[OwnedFd], dma_bufs: list[OwnedFd]) -> Buff
     identity = fdstat.look(seen.fileno())
     # Of what is handed out as a memfd nobody may change the seals; the witness of a dma-buf that is gone has no such.
     handed_out = exported is None and bool(memfd.get_seals(seen.fileno()) & memfd.F_SEAL_SEAL)
-    allocator = MEMFD if handed_out else UDMABUF if own is not None else WRAPPED
+    allocator = MEMFD if handed_out else UDMABUF if own is not None else _allocator_of(seen)
     spec: dict[str, Any] = {"size": identity.size if exported is None else dmabuf.size(seen.fileno())}
     if handed_out:
         spec["kind"] = Kind.MEMFD
@@ -109,6 +123,7 @@ def _stranger(name: str, memfds: list[OwnedFd], dma_bufs: list[OwnedFd]) -> Buff
         serial=1,
         memory=Memory(
             allocator=allocator,
+            size=request.size,
             memfd=own,
             dma_buf=exported,
             device=identity.device,
@@ -117,11 +132,41 @@ def _stranger(name: str, memfds: list[OwnedFd], dma_bufs: list[OwnedFd]) -> Buff
             evidence=CacheEvidence.DEFAULT,
             needs_sync=not handed_out,
             stored=True,
+            accounting=_accounting(allocator),
+            hold=_hold(allocator, exported),
         ),
         ended=not handed_out,
         kept=handed_out,
         stored_as=name,
     )
+
+
+def _allocator_of(dma_buf: OwnedFd) -> str:
+    """Return the allocator that must have given a dma-buf without a memfd of ours, as its exporter tells."""
+    try:
+        exporter = dmabuf.fdinfo(dma_buf.fileno()).exporter
+    except (OSError, ValueError):
+        return WRAPPED
+    if exporter == DRM_EXPORTER:
+        return DUMB_PREFIX + "unknown"
+    return WRAPPED if exporter == UDMABUF else HEAP_PREFIX + exporter
+
+
+def _hold(allocator: str, dma_buf: OwnedFd | None) -> Hold | None:
+    """Return what keeps the pages of a dumb buffer; see linux/hold.py."""
+    if dma_buf is None or not allocator.startswith(DUMB_PREFIX):
+        return None
+    try:
+        return Hold(dma_buf.fileno(), dmabuf.size(dma_buf.fileno()))
+    except OSError as error:
+        log.error("The pages of a dumb buffer cannot be kept from being dropped: %s", error)
+        return None
+
+
+def _accounting(allocator: str) -> Accounting:
+    if allocator in (MEMFD, WRAPPED):
+        return Accounting.CLIENT
+    return Accounting.SYSTEM if allocator.startswith(HEAP_PREFIX) else Accounting.SERVICE
 
 
 def _name_of(dma_buf: OwnedFd) -> str:

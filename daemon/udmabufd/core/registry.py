@@ -8,16 +8,21 @@ restore.py gives it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from udmabufd.core import records
+from udmabufd.core.attachments import Attachment, Attachments, Wish
+from udmabufd.core.billing import Billing
 from udmabufd.core.buffer import Buffer, Holder, Repeat
-from udmabufd.core.errors import NoSuchBuffer, OutOfMemory, QuotaExceeded
-from udmabufd.core.ledger import Ledger, Owner, Resource
+from udmabufd.core.errors import NoSuchBuffer, QuotaExceeded
+from udmabufd.core.ledger import Ledger, Owner
 from udmabufd.core.memory import Memory
+from udmabufd.core.recorder import Recorder
 from udmabufd.core.spec import Request
 from udmabufd.core.state import StateFile
-from udmabufd_client.contract import WRAPPED, Kind
+from udmabufd_client.contract import Kind
+
+ATTACHMENT_PROPERTIES = ("Attachments", "Constraints", "Size")
+"""Properties that change when a device attaches or detaches."""
 
 FileId = tuple[tuple[int, int], int]
 """Device and inode of an open file."""
@@ -26,16 +31,17 @@ FileId = tuple[tuple[int, int], int]
 class Registry:
     """Owns every Buffer, and through it the descriptors, charges and records.
 
-    `unheld` is told of each buffer whose last share is gone; it calls end() for it, now or later, unless somebody
-    has a share again by then.
+    `changed` is told of a buffer and those of its properties that have changed. `unheld` is told of each buffer whose
+    last share is gone; it calls end() for it, now or later, unless somebody has a share again by then.
     """
 
     def __init__(self, ledger: Ledger, max_buffers: int, state: StateFile, unheld: Callable[[Buffer], None]) -> None:
-        self.state = state
-        self._ledger = ledger
+        self.recorder = Recorder(state)
+        self.attachments = Attachments(ledger, self.recorder)
+        self.changed: Callable[[Buffer, tuple[str, ...]], None] = lambda _buffer, _properties: None
+        self.billing = Billing(ledger)
         self._max_buffers = max_buffers
         self._unheld = unheld
-        self._order = 0
         self._by_id: dict[str, Buffer] = {}
         self._by_ticket: dict[str, Buffer] = {}
         self._by_file: dict[FileId, Buffer] = {}
@@ -52,20 +58,32 @@ class Registry:
         return self._by_id.get(buffer.id) is buffer
 
     def create(
-        self, request: Request, holder: Holder, *, repeat: Repeat | None = None, recorded: bool = False
+        self,
+        request: Request,
+        holder: Holder,
+        *,
+        wishes: Sequence[Wish] = (),
+        repeat: Repeat | None = None,
+        recorded: bool = False,
     ) -> Buffer:
-        """Make an empty buffer of which `holder` has one share. Raises QuotaExceeded, NoSuchBuffer.
+        """Make an empty buffer of which `holder` has one share, with the attachments that it wishes for. Raises
+        QuotaExceeded, NoSuchBuffer.
 
         Unless `recorded`, the state learns of it when it has memory: a restart forgets what nobody was told of.
         """
-        self._reserve(2)
+        self.recorder.reserve(2 + len(wishes))
         if len(self._by_id) >= self._max_buffers:
             raise QuotaExceeded(f"The service has {len(self._by_id)} buffers of all users, its limit max_buffers")
         buffer = Buffer(request, holder.owner, repeat)
         while buffer.id in self._by_id:  # 64 random bits: once in a very long life.
             buffer = Buffer(request, holder.owner, repeat)
-        buffer.order = self._next_order()
-        self.share(buffer, holder)
+        buffer.order = self.recorder.next_order()
+        self.attachments.attach(buffer, holder, wishes)
+        try:
+            self.share(buffer, holder)
+        except BaseException:
+            self.attachments.drop(buffer, holder)
+            raise
         self._by_id[buffer.id] = buffer
         self._by_ticket[buffer.ticket] = buffer
         if recorded:
@@ -83,19 +101,13 @@ class Registry:
         if repeated and holder in buffer.unanswered:
             buffer.unanswered.remove(holder)
             return
-        self._reserve(1)
+        self.recorder.reserve(1)
         if holder not in buffer.shares:
-            buffer.share_charges[holder] = self._ledger.charge(holder.owner, Resource.SHARES)
-            try:
-                if holder.owner not in buffer.counted:
-                    buffer.counted[holder.owner] = self._ledger.charge(holder.owner, Resource.BUFFERS)
-            except QuotaExceeded:
-                buffer.share_charges.pop(holder).release()
-                raise
+            self.billing.charge_share(buffer, holder)
         buffer.shares[holder] += 1
         self._by_holder.setdefault(holder, {})[buffer] = None
         if buffer.slot is not None:
-            self._record_share(buffer, holder)
+            self.recorder.write_share(buffer, holder)
         if buffer.kept:
             buffer.kept = False
             self.record(buffer)
@@ -134,45 +146,49 @@ class Registry:
         """Return the buffers that `owner` holds or is charged for, oldest first; all of them for None."""
         return [b for b in self._by_id.values() if owner is None or owner == b.payer or owner in b.counted]
 
-    def charge_memory(self, buffer: Buffer) -> None:
-        """Charge the payer for the memory that is about to be made. Raises QuotaExceeded, NoSuchBuffer."""
-        if buffer.ended:
-            raise NoSuchBuffer
-        assert buffer.memory_charge is None
-        resource = Resource.WRAPPED if buffer.request.allocator == WRAPPED else Resource.BYTES
-        buffer.memory_charge = self._ledger.charge(buffer.payer, resource, buffer.request.size)
-
-    def refund_memory(self, buffer: Buffer) -> None:
-        """Take the charge back: there is no memory."""
-        if buffer.memory_charge is not None:
-            buffer.memory_charge.release()
-            buffer.memory_charge = None
-
     def back(self, buffer: Buffer, memory: Memory, stored_as: str) -> None:
         """Give `buffer` its memory, whose descriptors are in the store; record_shares() is to follow. Raises
         NoSuchBuffer, and takes nothing, when the buffer has ended meanwhile; OutOfMemory.
         """
         if buffer.ended:
             raise NoSuchBuffer
-        self._reserve(1 + len(buffer.shares))
+        self.recorder.reserve(1 + len(buffer.shares) + len(buffer.attachments))
         buffer.memory, buffer.stored_as = memory, stored_as
         buffer.serial += 1
         self._by_file[memory.device, memory.inode] = buffer
-        buffer.slot = self.state.write(buffer.slot, records.of_buffer(buffer, buffer.order))
+        self.recorder.write(buffer)
 
     def record_shares(self, buffer: Buffer) -> None:
         """Record the shares of a buffer that was recorded before any of them: without one it ends at a restart. Of
         buffers that are made together, when all are recorded: so all of them are there after a restart, or none.
         """
+        # Before the share: a buffer that a holder has, has all its attachments.
+        self.attachments.record(buffer)
         for holder in buffer.shares:
             if holder not in buffer.share_records:
-                self._record_share(buffer, holder)
+                self.recorder.write_share(buffer, holder)
+
+    def attach(self, buffer: Buffer, holder: Holder, wishes: Sequence[Wish]) -> list[Attachment]:
+        """Attach devices for `holder`, whose wishes are known to be met. Raises QuotaExceeded, NoSuchBuffer."""
+        if holder not in buffer.shares:
+            raise NoSuchBuffer
+        self.recorder.reserve(len(wishes))
+        attachments = self.attachments.attach(buffer, holder, wishes)
+        if buffer.slot is not None:
+            self.attachments.record(buffer)
+            self.record(buffer)
+        return attachments
+
+    def detach(self, buffer: Buffer, attachment: Attachment) -> None:
+        """End an attachment."""
+        self.attachments.detach(buffer, attachment)
+        self.record(buffer)
 
     def answered(self, buffer: Buffer, holder: Holder) -> None:
         """Record that the call with the request_id by which `holder` has `buffer` was answered."""
         if holder in buffer.shares and holder not in buffer.answered:
             buffer.answered.add(holder)
-            self._record_share(buffer, holder)
+            self.recorder.write_share(buffer, holder)
 
     def rename(self, buffer: Buffer, name: str) -> None:
         """Give `buffer` another name."""
@@ -193,7 +209,7 @@ class Registry:
         if not buffer.shares[holder]:
             self._drop_shares(buffer, holder)
         elif buffer.slot is not None:
-            self._record_share(buffer, holder)
+            self.recorder.write_share(buffer, holder)
 
     def drop(self, holder: Holder) -> None:
         """Take all shares of a connection that has ended."""
@@ -249,46 +265,39 @@ class Registry:
         if buffer.memory is not None:
             self._by_file.pop((buffer.memory.device, buffer.memory.inode), None)
             # Memory that is just being made is charged until it is closed.
-            self.refund_memory(buffer)
-        if buffer.slot is not None:
-            self.state.erase(buffer.slot)
-            buffer.slot = None
-        for charge in buffer.counted.values():
-            charge.release()
-        buffer.counted.clear()
+            self.billing.refund_memory(buffer)
+        self.recorder.erase(buffer)
+        self.billing.end(buffer)
 
     def adopt(self, buffer: Buffer, holders: Iterable[tuple[Holder, int, tuple[int, int]]]) -> None:
         """Take a buffer of a former life of the service, with (holder, shares, record) of each that has any.
 
         Charges are imposed, not asked for: what is there is there.
         """
-        self._order = max(self._order, buffer.order)
+        self.recorder.passed(buffer.order)
         self._by_id[buffer.id] = buffer
         if buffer.memory is not None:
             self._by_file[buffer.memory.device, buffer.memory.inode] = buffer
-            resource = Resource.WRAPPED if buffer.request.allocator == WRAPPED else Resource.BYTES
-            buffer.memory_charge = self._ledger.impose(buffer.payer, resource, buffer.request.size)
-            buffer.memory_charge.linger(buffer.ended)
-        buffer.counted[buffer.payer] = self._ledger.impose(buffer.payer, Resource.BUFFERS)
+            self.billing.arrived(buffer.memory)
+            self.billing.impose_memory(buffer)
+        self.billing.impose_share(buffer, None)
         if not buffer.withdrawn:
             self._by_ticket[buffer.ticket] = buffer
         for holder, count, record in holders:
             buffer.shares[holder] = count
             buffer.share_records[holder] = record
-            buffer.share_charges[holder] = self._ledger.impose(holder.owner, Resource.SHARES)
-            self._order = max(self._order, record[1])
+            self.billing.impose_share(buffer, holder)
+            self.recorder.passed(record[1])
             self._by_holder.setdefault(holder, {})[buffer] = None
-            if holder.owner not in buffer.counted:
-                buffer.counted[holder.owner] = self._ledger.impose(holder.owner, Resource.BUFFERS)
         if buffer.slot is None:
-            buffer.order = self._next_order()
+            buffer.order = self.recorder.next_order()
             self._record_all(buffer)
         self._settle_payer(buffer)
 
     def record(self, buffer: Buffer) -> None:
         """Write the buffer's record anew, if it has one."""
         if buffer.slot is not None:
-            self.state.write(buffer.slot, records.of_buffer(buffer, buffer.order))
+            self.recorder.write(buffer)
 
     def _drop_shares(self, buffer: Buffer, holder: Holder) -> None:
         self._forget_share(buffer, holder)
@@ -301,25 +310,18 @@ class Registry:
         buffer.share_charges.pop(holder).release()
         buffer.unanswered.discard(holder)
         buffer.answered.discard(holder)
-        if holder in buffer.share_records:
-            self.state.erase(buffer.share_records.pop(holder)[0])
+        self.recorder.erase_share(buffer, holder)
         held = self._by_holder[holder]
         del held[buffer]
         if not held:
             del self._by_holder[holder]
+        # After the share: attachments without one are void at a restart.
+        if self.attachments.drop(buffer, holder):
+            self.changed(buffer, ATTACHMENT_PROPERTIES)
 
     def _settle_payer(self, buffer: Buffer) -> None:
-        """Charge whoever has to pay by now, and nobody who holds nothing but the last payer."""
-        owners = [holder.owner for holder in buffer.shares]
-        if owners and buffer.payer not in owners:
-            same_user = [owner for owner in owners if owner.uid == buffer.payer.uid]
-            buffer.payer = (same_user or owners)[0]
-            if buffer.memory_charge is not None:
-                buffer.memory_charge = self._ledger.move(buffer.memory_charge, buffer.payer)
+        if self.billing.settle(buffer):
             self.record(buffer)
-        for owner in tuple(buffer.counted):
-            if owner != buffer.payer and owner not in owners:
-                buffer.counted.pop(owner).release()
 
     def _revive(self, buffer: Buffer) -> None:
         buffer.ended = False
@@ -330,20 +332,5 @@ class Registry:
 
     def _record_all(self, buffer: Buffer) -> None:
         """Write the records of the buffer and of all its shares: the buffer's first, for without a share it ends."""
-        buffer.slot = self.state.write(buffer.slot, records.of_buffer(buffer, buffer.order))
+        self.recorder.write(buffer)
         self.record_shares(buffer)
-
-    def _record_share(self, buffer: Buffer, holder: Holder) -> None:
-        slot, order = buffer.share_records.get(holder) or (None, self._next_order())
-        buffer.share_records[holder] = self.state.write(slot, records.of_share(buffer, holder, order)), order
-
-    def _reserve(self, records_: int) -> None:
-        """Make sure that so many records can be written, before anything is changed. Raises OutOfMemory."""
-        try:
-            self.state.reserve(records_)
-        except OSError as error:
-            raise OutOfMemory("The service has no memory for its own records") from error
-
-    def _next_order(self) -> int:
-        self._order += 1
-        return self._order

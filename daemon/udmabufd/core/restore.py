@@ -9,18 +9,20 @@ lost. Times that run out are the service's matter.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from udmabufd.core import records
+from udmabufd.core.attachments import reconsider
 from udmabufd.core.buffer import Buffer, Holder
 from udmabufd.core.memory import Memory
-from udmabufd.core.records import StoredBuffer, StoredMemory, StoredShare
+from udmabufd.core.records import StoredAttachment, StoredBuffer, StoredMemory, StoredShare
 from udmabufd.core.registry import Registry
 from udmabufd.core.state import StateFile, Unreadable
 from udmabufd.core.store import Store
 from udmabufd.linux import fdstat, memfd
+from udmabufd.linux.hold import Hold
 from udmabufd_base.fd import OwnedFd, close_all
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class Records:
     bus: tuple[int, str] | None = None
     buffers: list[StoredBuffer] = field(default_factory=list)
     shares: list[StoredShare] = field(default_factory=list)
+    attachments: list[StoredAttachment] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -60,6 +63,8 @@ def parse(state: StateFile, *, salvage: bool = False) -> Records:
                     found.buffers.append(records.buffer_of(slot, record))
                 case records.SHARE:
                     found.shares.append(records.share_of(slot, record))
+                case records.ATTACHMENT:
+                    found.attachments.append(records.attachment_of(slot, record))
                 case other:
                     raise Unreadable(f"slot {slot} holds a record of the unknown kind {other!r}")
         except Unreadable as error:
@@ -69,6 +74,7 @@ def parse(state: StateFile, *, salvage: bool = False) -> Records:
             state.erase(slot)
     found.buffers.sort(key=lambda buffer: buffer.order)
     found.shares.sort(key=lambda share: share.order)
+    found.attachments.sort(key=lambda attachment: attachment.order)
     return found
 
 
@@ -93,13 +99,16 @@ def restore(
     shares: dict[str, list[StoredShare]] = {}
     for share in found.shares:
         shares.setdefault(share.buffer, []).append(share)
+    attachments: dict[str, list[StoredAttachment]] = {}
+    for attachment in found.attachments:
+        attachments.setdefault(attachment.buffer, []).append(attachment)
     for stored in found.buffers:
         memory = None
         if stored.memory is not None:
             memory = _find(stored.memory, inherited.pop(stored.stored_as, []))
             if memory is None:
                 result.lost.append(stored)
-                registry.state.erase(stored.slot)
+                registry.recorder.state.erase(stored.slot)
                 store.drop(stored.stored_as)
                 continue
             # A renaming may have been cut off between the kernel's name and the record's; busy is busy.
@@ -118,14 +127,30 @@ def restore(
             if share.answered:
                 buffer.answered.add(holder)
         registry.adopt(buffer, holders)
-        if (buffer.ended, buffer.kept) != (stored.ended, stored.kept):
+        _attach(registry, buffer, attachments.pop(stored.id, []), result.holders)
+        if (buffer.ended, buffer.kept, buffer.attached) != (stored.ended, stored.kept, stored.attached):
             registry.record(buffer)
         result.buffers.append(buffer)
-    for void in shares.values():
-        for share in void:
-            registry.state.erase(share.slot)
+    for void_shares in shares.values():
+        for share in void_shares:
+            registry.recorder.state.erase(share.slot)
+    for void in attachments.values():
+        for attachment in void:
+            registry.recorder.state.erase(attachment.slot)
     result.orphans = list(inherited)
     return result
+
+
+def _attach(registry: Registry, buffer: Buffer, stored: list[StoredAttachment], holders: Mapping[str, Holder]) -> None:
+    """Have `buffer` have its attachments again; one without a share of its holder ended with that share."""
+    for attachment in stored:
+        holder = holders.get(attachment.holder)
+        if holder is None or holder not in buffer.shares:
+            registry.recorder.state.erase(attachment.slot)
+            continue
+        record = attachment.slot, attachment.order
+        registry.attachments.adopt(buffer, holder, attachment.wish, attachment.number, attachment.pins, record)
+    reconsider(buffer)
 
 
 def sort_descriptors(fds: list[OwnedFd]) -> tuple[list[OwnedFd], list[OwnedFd]]:
@@ -158,6 +183,7 @@ def _find(stored: StoredMemory, fds: list[OwnedFd]) -> Memory | None:
     identity = fdstat.look(seen.fileno())
     return Memory(
         allocator=stored.allocator,
+        size=stored.size,
         memfd=own,
         dma_buf=exported,
         device=identity.device,
@@ -166,7 +192,20 @@ def _find(stored: StoredMemory, fds: list[OwnedFd]) -> Memory | None:
         evidence=stored.evidence,
         needs_sync=stored.needs_sync,
         stored=True,
+        accounting=stored.accounting,
+        hold=_hold(stored, exported),
     )
+
+
+def _hold(stored: StoredMemory, dma_buf: OwnedFd | None) -> Hold | None:
+    """Return what keeps the pages, which nothing did since the former run ended but whoever uses them."""
+    if not stored.held or dma_buf is None:
+        return None
+    try:
+        return Hold(dma_buf.fileno(), stored.size)
+    except OSError as error:
+        log.error("The pages of a dma-buf of %s cannot be kept from being dropped: %s", stored.allocator, error)
+        return None
 
 
 def _take(fds: list[OwnedFd], inode: int | None) -> OwnedFd | None:
@@ -190,6 +229,7 @@ def _buffer(stored: StoredBuffer, memory: Memory | None) -> Buffer:
         ended=stored.ended,
         kept=stored.kept,
         stored_as=stored.stored_as,
+        attached=stored.attached,
         order=stored.order,
         slot=stored.slot,
     )

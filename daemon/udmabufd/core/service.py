@@ -2,37 +2,41 @@
 """The use cases: allocate, create, wrap, import, hand out, list, rename, release: all that is decided on a call.
 
 The order is the same in each: check what was asked, charge for it, do it, record it, answer; whatever fails is undone
-before the error leaves. Runs on one event loop; what blocks goes to a worker thread. What becomes of buffers that
-nobody holds, and of all of them over a restart, is in custody.py.
+before the error leaves. Runs on one event loop; what blocks goes to a worker thread. Attaching and detaching are in
+attaching.py; what becomes of buffers that nobody holds, and of all of them over a restart, is in custody.py.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from udmabufd.core import wrap
+from udmabufd.core.attaching import Attaching
+from udmabufd.core.attachments import Wish
 from udmabufd.core.buffer import Buffer, Holder, Repeat
+from udmabufd.core.creation import Creation
 from udmabufd.core.custody import Custody
+from udmabufd.core.device import Device
 from udmabufd.core.errors import BadMemfd, InvalidSpec, NoSuchBuffer, QuotaExceeded, from_oserror
 from udmabufd.core.events import Event, emit
 from udmabufd.core.identity import Identity
 from udmabufd.core.lanes import Lanes
 from udmabufd.core.ledger import Ledger, Owner, Resource
 from udmabufd.core.limits import Limits
-from udmabufd.core.maker import Maker, Run
-from udmabufd.core.memory import Memory
-from udmabufd.core.pool import Pool
-from udmabufd.core.requests import numbered, repeat_of
+from udmabufd.core.maker import Maker, Source
+from udmabufd.core.memory import Accounting
+from udmabufd.core.placement import Placement, under
+from udmabufd.core.pool import Verdict
+from udmabufd.core.requests import repeat_of
 from udmabufd.core.spec import Request, check_name
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
-from udmabufd.linux import fill, memfd
 from udmabufd_base.fd import OwnedFd
-from udmabufd_client.contract import MAX_FDS_PER_MESSAGE
+from udmabufd_client.contract import MAX_FDS_PER_MESSAGE, WRAPPED
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +44,6 @@ ROOT: Final = 0
 
 LISTED_PER_CALL: Final = 4
 """Buffers in a list whose making takes as long as a call does otherwise."""
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -53,16 +55,13 @@ class Grant:
 
 
 class Service:
-    """What the daemon does, for callers that are known by now.
-
-    `changed(buffer, properties)` is called after properties of a buffer have changed.
-    """
+    """What the daemon does, for callers that are known by now."""
 
     def __init__(
         self,
         limits: Limits,
         ledger: Ledger,
-        pool: Pool,
+        placement: Placement,
         wrapper: UdmabufAllocator,
         custody: Custody,
         maker: Maker,
@@ -70,15 +69,30 @@ class Service:
     ) -> None:
         """`wrapper` exports the memfds of clients."""
         self.limits = limits
-        self.pool = pool
+        self.placement = placement
         self.custody = custody
+        self.attaching = Attaching(custody.registry, ledger, placement)
         self._registry = custody.registry
+        self._creation = Creation(custody, maker, self.attaching)
         self._ledger = ledger
         self._wrapper = wrapper
         self._maker = maker
         self._identity = identity
         self._lanes = Lanes()
-        self.changed: Callable[[Buffer, tuple[str, ...]], None] = lambda _buffer, _properties: None
+
+    @property
+    def changed(self) -> Callable[[Buffer, tuple[str, ...]], None]:
+        """Called with a buffer and those of its properties that have changed."""
+        return self._registry.changed
+
+    @changed.setter
+    def changed(self, changed: Callable[[Buffer, tuple[str, ...]], None]) -> None:
+        self._registry.changed = changed
+
+    @property
+    def udmabuf_available(self) -> bool:
+        """Whether /dev/udmabuf can be used."""
+        return self._wrapper.unavailable is None
 
     @property
     def buffer_count(self) -> int:
@@ -96,19 +110,22 @@ class Service:
         if not 1 <= number <= MAX_FDS_PER_MESSAGE:
             raise InvalidSpec("count", f"must be 1 to {MAX_FDS_PER_MESSAGE}, not {number}")
         request = self._check(spec)
-        asked = repeat_of(holder.owner, "Allocate" if count is None else "AllocateMany", spec, number)
+        member = "Allocate" if count is None else "AllocateMany"
+        asked = repeat_of(holder.owner, member, request.canonical(spec), number)
 
         async def make() -> list[Buffer]:
-            self.pool.select(request)  # A refusal that is known now is told now.
-            return await self._make(request, holder, asked, number, partial(self._fill, request))
+            wishes = await self._wishes(holder, spec)
+            sources = self.placement.sources(under(request, wishes))
+            return await self._creation.make(request, holder, wishes, asked, number, sources)
 
-        buffers, made = await self.custody.requests.once(asked, make)
+        buffers, made = await self._creation.once(
+            holder, asked, make, partial(self._wishes, holder, spec, repeated=True)
+        )
         with ExitStack() as undo:
             grants = []
             for buffer in buffers:
-                if not made:
-                    self._registry.share(buffer, holder, repeated=True)
-                undo.callback(self._abandon, buffer, holder)
+                undo.callback(self._creation.abandon, buffer, holder)
+            for buffer in buffers:
                 grants.append(Grant(buffer, undo.enter_context(self._dup(buffer))))
                 _log_of(buffer, holder, "allocated" if made else "asked for again")
             undo.pop_all()
@@ -116,19 +133,26 @@ class Service:
             for buffer in buffers:
                 if len(buffer.shares) > 1:
                     # Somebody imported it by ticket while it had no memory.
-                    self.changed(buffer, ("State", "Serial", "Allocator"))
+                    self._tell_of_memory(buffer)
         return grants
 
     async def create(self, holder: Holder, spec: Mapping[str, Any]) -> Buffer:
         """Make a buffer without memory, one share of it for `holder`."""
         request = self._check(spec)
-        asked = repeat_of(holder.owner, "CreateBuffer", spec, 1)
+        asked = repeat_of(holder.owner, "CreateBuffer", request.canonical(spec), 1)
 
         async def make() -> list[Buffer]:
-            self.pool.select(request)
-            return [await self._create(request, holder, asked, recorded=True)]
+            wishes = await self._wishes(holder, spec)
+            self.placement.check(under(request, wishes))
+            return [await self._creation.create(request, holder, wishes, asked, recorded=True)]
 
-        return await self._one(holder, asked, make, "created without memory")
+        return await self._one(holder, spec, asked, make, "created without memory")
+
+    async def explain(self, holder: Holder, spec: Mapping[str, Any]) -> list[Verdict]:
+        """Return what allocate() would decide on `spec`: for each allocator, in order, why it would not be asked."""
+        self.custody.check_serving()
+        wishes = await self._wishes(holder, spec)
+        return self.placement.pool.explain(lambda: under(Request.from_spec(spec), wishes))
 
     async def wrap(
         self,
@@ -145,21 +169,30 @@ class Service:
                 raise BadMemfd(f"memfd {index} is no memfd")
             pages.append(page)
         size = wrap.check(memfds, ranges, pages)
-        named = {key: value for key, value in options.items() if key == "name"}
-        request = Request.from_spec({"size": size, **named}).wrapping()
+        named = {key: value for key, value in options.items() if key in ("name", "constraints")}
+        request = self._check({"size": size, **named}).wrapping()
         files = [self._identity.of(fd.fileno()) for fd in memfds]
-        asked = repeat_of(holder.owner, "WrapMemfd", {**options, "memfds": files, "ranges": list(ranges)}, 1)
+        given = {**request.canonical(options), "memfds": files, "ranges": list(ranges)}
+        asked = repeat_of(holder.owner, "WrapMemfd", given, 1)
 
         async def make() -> list[Buffer]:
-            if (refusal := self._wrapper.refusal(size, len(ranges))) is not None:
-                raise refusal
+            wishes = await self._wishes(holder, options)
+            self.placement.check_wrapped(under(request, wishes), size)
+            for refusal in self._wrapper.refusals(size, len(ranges)):
+                raise refusal.error
             if holder.uid != ROOT:
                 self._maker.check_left_behind()
             export = wrap.exporter(self._wrapper, memfds, ranges, privileged=holder.uid == ROOT)
-            async with self._lanes.turn(holder.uid):
-                return await self._make(request, holder, asked, 1, export, partial(self._lanes.run, holder.uid))
 
-        return await self._one(holder, asked, make, "wrapped")
+            def source(names: Sequence[str]) -> list[Source]:
+                # Admitted as if its pages were the service's own: those that are punched meanwhile will be.
+                return [Source(WRAPPED, size, Accounting.SERVICE, partial(export, names))]
+
+            async with self._lanes.turn(holder.uid):
+                run = partial(self._lanes.run, holder.uid)
+                return await self._creation.make(request, holder, wishes, asked, 1, source, run)
+
+        return await self._one(holder, options, asked, make, "wrapped")
 
     async def import_fd(self, holder: Holder, fd: OwnedFd) -> Buffer:
         """Make `holder` a holder of the buffer whose file `fd` (borrowed) is; one that lingers lives again."""
@@ -177,7 +210,7 @@ class Service:
             self._registry.share(buffer, holder)
             return buffer
 
-        buffer = await self._swept(holder, share)
+        buffer = await self._creation.swept(holder, share)
         if lingered:
             emit(log, Event.BUFFER_REVIVED, buffer=buffer.id, uid=holder.uid)
         _log_of(buffer, holder, "imported by its descriptor")
@@ -193,20 +226,21 @@ class Service:
             self._registry.share(buffer, holder)
             return buffer
 
-        buffer = await self._swept(holder, share)
+        buffer = await self._creation.swept(holder, share)
         _log_of(buffer, holder, "imported by ticket")
         return buffer
 
-    async def get_fd(self, holder: Holder, buffer_id: str) -> Grant:
-        """Hand out a descriptor; the first time, allocate."""
+    async def get_fd(self, holder: Holder, buffer_id: str, attachment: int | None = None) -> Grant:
+        """Hand out a descriptor, for an `attachment` of the holder's if it says so; the first time, allocate."""
         buffer = self._registry.held(buffer_id, holder)
         async with buffer.backing:
             # Others may have released it, or made the memory, while this call waited.
             self._registry.held(buffer_id, holder)
+            if attachment is not None:
+                self._registry.attachments.of(buffer, holder, attachment)
             if buffer.memory is None:
-                self.pool.select(buffer.request)
                 try:
-                    await self._maker.make([buffer], partial(self._fill, buffer.request, [buffer.name]))
+                    await self._maker.make([buffer], self.placement.sources(buffer.request)([buffer.name]))
                 except QuotaExceeded:
                     if holder.uid == buffer.payer.uid:
                         raise
@@ -216,7 +250,7 @@ class Service:
                         f"size: the user who created the buffer would exceed the limit max_bytes_per_user of {limit}"
                     ) from None
                 _log_of(buffer, holder, "allocated")
-                self.changed(buffer, ("State", "Serial", "Allocator"))
+                self._tell_of_memory(buffer)
         return Grant(buffer, self._dup(buffer))
 
     def answered(self, holder: Holder, buffers: Sequence[Buffer]) -> None:
@@ -233,6 +267,13 @@ class Service:
         """Return the buffers that `owner` holds or is charged for, oldest first; all for root."""
         found = self._registry.visible_to(None if owner.uid == ROOT else owner)
         self._ledger.add_to_window(owner, len(found) // LISTED_PER_CALL)
+        return found
+
+    async def list_devices(self, holder: Holder) -> list[Device]:
+        """Return the devices that buffers are meant for, with what is known of each."""
+        async with self.placement.turn(holder.uid):
+            found = await self.placement.devices.all()
+        self._ledger.add_to_window(holder.owner, len(found))
         return found
 
     async def set_name(self, holder: Holder, buffer_id: str, name: str) -> None:
@@ -270,61 +311,28 @@ class Service:
         self.custody.check_serving()
         return Request.from_spec(spec)
 
+    async def _wishes(self, holder: Holder, spec: Mapping[str, Any], *, repeated: bool = False) -> list[Wish]:
+        """Look up the devices of a spec, each of which counts as a call."""
+        self._ledger.add_to_window(holder.owner, len(spec.get("devices", [])))
+        return await self.placement.wishes(holder.uid, spec, repeated=repeated)
+
     async def _one(
-        self, holder: Holder, asked: Repeat | None, make: Callable[[], Awaitable[list[Buffer]]], what: str
+        self,
+        holder: Holder,
+        spec: Mapping[str, Any],
+        asked: Repeat | None,
+        make: Callable[[], Awaitable[list[Buffer]]],
+        what: str,
     ) -> Buffer:
         """Make one buffer, or give `holder` a share of the one that was made when this was asked before."""
-        (buffer,), made = await self.custody.requests.once(asked, make)
-        if not made:
-            self._registry.share(buffer, holder, repeated=True)
+        wishes_again = partial(self._wishes, holder, spec, repeated=True)
+        (buffer,), made = await self._creation.once(holder, asked, make, wishes_again)
         _log_of(buffer, holder, what if made else "asked for again")
         return buffer
 
-    async def _make(
-        self,
-        request: Request,
-        holder: Holder,
-        asked: Repeat | None,
-        count: int,
-        make_memory: Callable[[Sequence[str], bool], list[Memory]],
-        run: Run | None = None,
-    ) -> list[Buffer]:
-        """Make `count` buffers with memory: all or none."""
-        with ExitStack() as locks, ExitStack() as undo:
-            buffers = []
-            for index in range(count):
-                buffer = await self._create(request, holder, numbered(asked, index))
-                undo.callback(self.custody.abandon, buffer, holder)
-                # At once: nobody else may give it memory while the others are made.
-                await buffer.backing.acquire()
-                locks.callback(buffer.backing.release)
-                buffers.append(buffer)
-            names = [buffer.name for buffer in buffers]
-            await self._maker.make(buffers, partial(make_memory, names), run)
-            if any(holder not in buffer.shares for buffer in buffers):
-                # Released while the others were made; its memory may be a mere witness by now.
-                raise NoSuchBuffer
-            undo.pop_all()
-        return buffers
-
-    async def _create(
-        self, request: Request, holder: Holder, repeat: Repeat | None, *, recorded: bool = False
-    ) -> Buffer:
-        return await self._swept(
-            holder, lambda: self._registry.create(request, holder, repeat=repeat, recorded=recorded)
-        )
-
-    async def _swept(self, holder: Holder, step: Callable[[], T]) -> T:
-        """Do `step`; if a quota forbids it, once more after what the user has let go of was looked at."""
-        try:
-            return step()
-        except QuotaExceeded:
-            await self.custody.lingering.look_again(holder.uid)
-            return step()
-
-    def _fill(self, request: Request, names: Sequence[str], close: bool) -> list[Memory]:
-        """Make memory for each name, or none; in a child if the limit is `close`. In a worker thread."""
-        return self.pool.allocate_all(request, names, fill.populate_in_child if close else memfd.populate)
+    def _tell_of_memory(self, buffer: Buffer) -> None:
+        rounded_up = buffer.size != buffer.request.size
+        self.changed(buffer, ("State", "Serial", "Allocator", *(("Size",) if rounded_up else ())))
 
     def _dup(self, buffer: Buffer) -> OwnedFd:
         if buffer.memory is None:
@@ -334,14 +342,9 @@ class Service:
         except OSError as error:
             raise from_oserror(error, "duplicating a descriptor") from error
 
-    def _abandon(self, buffer: Buffer, holder: Holder) -> None:
-        """Undo a share of a call that failed; the holder may have released it, or be gone, already."""
-        with suppress(NoSuchBuffer):
-            self._registry.release(buffer, holder)
-
 
 def _log_of(buffer: Buffer, holder: Holder, what: str) -> None:
     """Log what happened to a buffer, with the journal fields by which it can be found."""
     uid, application = holder.owner
     fields = {"buffer": buffer.id, "uid": uid, "application": application, "client": holder.name}
-    log.debug("Buffer %s of %d bytes: %s", buffer.id, buffer.request.size, what, extra=fields)
+    log.debug("Buffer %s of %d bytes: %s", buffer.id, buffer.size, what, extra=fields)

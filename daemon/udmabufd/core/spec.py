@@ -6,24 +6,28 @@ D-Bus types were checked before (bus/values.py); which allocator can serve is th
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from udmabufd.core.errors import InvalidSpec
-from udmabufd.core.layout import FORMATS, Layout, linear
+from udmabufd.core.constraints import ALLOCATOR_NAME, NONE, Constraints, Demand, Merged, merge
+from udmabufd.core.errors import IncompatibleConstraints, InvalidSpec
+from udmabufd.core.layout import FORMATS, STRIDE_ALIGNMENT, Layout, linear
 from udmabufd_client.contract import MEMFD, NAME_MAX, WRAPPED, Cache, CachePolicy, Kind
 
 PAGE_SIZE = mmap.PAGESIZE
 
 _NAME = re.compile(r"[\x20-\x7e]+")
-_ALLOCATOR = re.compile(r"udmabuf(-2M|-1G)?|memfd|wrapped|(heap|dumb):[\x21-\x7e]{1,64}")
 
 MAX_SIZE = (1 << 63) - PAGE_SIZE
 """Bytes: the largest file that off_t can describe, in whole pages."""
+
+SPEC: Final = "spec"
+"""Whose demands those of spec.constraints are."""
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -39,7 +43,11 @@ def check_name(key: str, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked `spec`. `size` is bytes in whole pages; `size_requested` bytes before rounding up."""
+    """A checked `spec`, under the demands of the devices that are to use the buffer.
+
+    `size` is the bytes that the memory must have, in whole pages, `size_requested` those asked for, by size or as a
+    picture that no device demands anything of. `constraints` are the spec's own, `merged` those and the devices'.
+    """
 
     size: int
     size_requested: int
@@ -52,17 +60,18 @@ class Request:
     cache: Cache
     cache_policy: CachePolicy
     allocator: str | None
+    constraints: Constraints = NONE
+    merged: Merged = field(default_factory=lambda: merge(()))
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Request:
-        """Check `spec`, whose keys and value types are known to be right. Raises InvalidSpec naming the key."""
+        """Check `spec`, whose keys and value types are known to be right. Raises InvalidSpec naming the key,
+        IncompatibleConstraints.
+        """
         kind = _choice(spec, "kind", Kind.DMA_BUF)
         layout, size_requested = _geometry(spec)
-        if size_requested > MAX_SIZE:
-            key = "size" if layout is None else "height"
-            raise InvalidSpec(key, f"makes a buffer of {size_requested} bytes; the largest possible is {MAX_SIZE}")
-        return cls(
-            size=-(-size_requested // PAGE_SIZE) * PAGE_SIZE,
+        request = cls(
+            size=size_requested,
             size_requested=size_requested,
             width=spec.get("width"),
             height=spec.get("height"),
@@ -73,11 +82,76 @@ class Request:
             cache=_choice(spec, "cache", Cache.CACHED),
             cache_policy=_choice(spec, "cache_policy", CachePolicy.PREFER),
             allocator=_allocator(spec, kind),
+            constraints=Constraints.from_values(spec.get("constraints", {})),
         )
+        return request.under(())
+
+    def under(self, demands: Iterable[Demand]) -> Request:
+        """Return the same request for memory that suits `demands` too. Raises IncompatibleConstraints, InvalidSpec."""
+        merged = self.merge(demands)
+        wanted, layout = merged.constraints, self.layout
+        if self.format is not None:
+            assert self.width is not None
+            assert self.height is not None
+            layout = linear(
+                self.format,
+                self.width,
+                self.height,
+                stride_alignment=math.lcm(STRIDE_ALIGNMENT, wanted.stride_alignment),
+                height_alignment=wanted.height_alignment,
+            )
+            longest = max(layout.strides)
+            if wanted.max_stride is not None and longest > wanted.max_stride:
+                device = merged.by["max_stride"]
+                raise IncompatibleConstraints(
+                    "max_stride",
+                    (device, SPEC),
+                    f"{device} takes rows of {wanted.max_stride} bytes at most, and those of spec, {self.width} "
+                    f"pixels of {self.format}, have {longest}",
+                )
+        step = math.lcm(wanted.size_alignment, PAGE_SIZE)
+        size = -(-_needed(self.size_requested, layout, wanted) // step) * step
+        if size > MAX_SIZE:
+            key = "constraints" if self.size_requested <= MAX_SIZE else "size" if layout is None else "height"
+            raise InvalidSpec(key, f"makes a buffer of {size} bytes; the largest possible is {MAX_SIZE}")
+        return replace(self, size=size, layout=layout, merged=merged)
+
+    def merge(self, demands: Iterable[Demand]) -> Merged:
+        """Return the spec's own demands and `demands` together. Raises IncompatibleConstraints."""
+        return merge((Demand(SPEC, self.constraints), *demands))
+
+    def misfit(self, size: int, merged: Merged) -> str | None:
+        """Return the first key of `merged` that memory of `size` bytes, laid out as this request is, does not meet, or
+        None.
+        """
+        wanted, layout = merged.constraints, self.layout
+        if layout is not None and self.format is not None and self.height is not None:
+            if any(stride % wanted.stride_alignment for stride in layout.strides):
+                return "stride_alignment"
+            if wanted.max_stride is not None and max(layout.strides) > wanted.max_stride:
+                return "max_stride"
+            rows = -(-self.height // wanted.height_alignment) * wanted.height_alignment
+            planes = zip(FORMATS[self.format], layout.offsets, layout.strides, strict=True)
+            ends = [offset + stride * plane.rows(rows) for plane, offset, stride in planes]
+            if any(end > limit for end, limit in zip(ends, (*layout.offsets[1:], size), strict=True)):
+                return "height_alignment"
+            if ends[-1] + wanted.tail_padding > size:
+                return "tail_padding"
+        elif self.size_requested + wanted.tail_padding > size:
+            return "tail_padding"
+        return "size_alignment" if size % wanted.size_alignment else None
+
+    def canonical(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `spec`, which this was made from, with its constraints such that equal demands are equal values."""
+        return {**spec, "constraints": self.constraints.values()} if "constraints" in spec else dict(spec)
 
     def wrapping(self) -> Request:
         """Return the same request for memory that the caller brings."""
         return replace(self, allocator=WRAPPED)
+
+
+def _needed(size_requested: int, layout: Layout | None, wanted: Constraints) -> int:
+    return (size_requested if layout is None else layout.size) + wanted.tail_padding
 
 
 def _geometry(spec: Mapping[str, Any]) -> tuple[Layout | None, int]:
@@ -117,7 +191,7 @@ def _allocator(spec: Mapping[str, Any], kind: Kind) -> str | None:
     name = spec.get("allocator")
     if name is None:
         return None
-    if not isinstance(name, str) or not _ALLOCATOR.fullmatch(name):
+    if not isinstance(name, str) or not ALLOCATOR_NAME.fullmatch(name):
         raise InvalidSpec("allocator", "is no allocator name, such as 'udmabuf' or 'memfd'")
     if (name == MEMFD) != (kind is Kind.MEMFD):
         raise InvalidSpec("allocator", f"{name!r} contradicts kind {kind!s}")

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from udmabufd.core.allocator import Populate, refuse_other_caches
-from udmabufd.core.errors import AllocatorError, KernelLimit, UdmabufUnavailable
-from udmabufd.core.memory import Memory
+from udmabufd.core.allocator import Capabilities, Populate, Refusal
+from udmabufd.core.errors import KernelLimit, UdmabufUnavailable
+from udmabufd.core.matching import refusals
+from udmabufd.core.memory import Accounting, Memory
 from udmabufd.core.spec import MAX_SIZE, Request
 from udmabufd.linux import dmabuf, fdstat, memfd, selftest, udmabuf
+from udmabufd.linux.addresses import highest_address_bits
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client.contract import UDMABUF, Cache, CacheEvidence, Kind
 
@@ -35,7 +37,14 @@ class UdmabufAllocator:
     """See the module. `device` and `parameters` are the paths of the node and of the driver's parameters."""
 
     name = UDMABUF
-    kind = Kind.DMA_BUF
+    capabilities = Capabilities(
+        kind=Kind.DMA_BUF,
+        sources={
+            "granule": "pages of a memfd need not be adjacent",
+            "cache": "udmabuf maps memory cached in every version of Linux",
+        },
+    )
+    free: int | None = None
 
     def __init__(self, device: Path, parameters: Path) -> None:
         self._path = device
@@ -49,11 +58,14 @@ class UdmabufAllocator:
         self._lock = threading.Lock()
 
     @property
-    def unavailable(self) -> AllocatorError | None:
+    def unavailable(self) -> Refusal | None:
         """Why no dma-buf can be made at present, with what to do, or None."""
         if self._device is not None:
             return None
-        return UdmabufUnavailable(f"/dev/udmabuf cannot be used: {self._reason}. kind=memfd is served without it")
+        error = UdmabufUnavailable(f"/dev/udmabuf cannot be used: {self._reason}. kind=memfd is served without it")
+        return Refusal(
+            "", "", f"/dev/udmabuf cannot be used: {self._reason}", "kind=memfd is served without it", error
+        )
 
     @property
     def max_size(self) -> int:
@@ -70,9 +82,10 @@ class UdmabufAllocator:
             self._device, self._reason, self.shows_unzeroed = device, reason, shows_unzeroed
         return device is not None
 
-    def match(self, request: Request) -> AllocatorError | None:
-        """Return why the driver would refuse `request`, or None."""
-        return self.unavailable or self._exceeds(request.size) or refuse_other_caches(request)
+    def match(self, request: Request) -> tuple[Refusal, ...]:
+        """Return why it does not suit, or why the driver would refuse `request`."""
+        unsuitable = refusals(self.name, self.capabilities, request, highest_address_bits)
+        return unsuitable or self.refusals(request.size, 1)
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         """Make a sealed memfd of request.size bytes, filled by `populate`, and export it. Raises OSError, KernelLimit,
@@ -88,21 +101,21 @@ class UdmabufAllocator:
             undo.pop_all()
         return memory
 
-    def refusal(self, size: int, items: int) -> AllocatorError | None:
-        """Return why the driver would not export `size` bytes in so many `items`, or None."""
-        return self.unavailable or self._exceeds(size, items)
+    def refusals(self, size: int, items: int) -> tuple[Refusal, ...]:
+        """Return why the driver would not export `size` bytes in so many `items` now; nothing if it would."""
+        return tuple(filter(None, (self.unavailable, self._exceeds(size, items))))
 
     def export_list(self, items: Sequence[udmabuf.Item]) -> OwnedFd:
         """Export `items`, one after the other, as one dma-buf. Raises OSError, KernelLimit, UdmabufUnavailable."""
         size = sum(item.size for item in items)
         with self._lock:
             if (gone := self.unavailable) is not None:
-                raise gone
+                raise gone.error
             assert self._device is not None
             device = self._device.dup()
         with device:
             if refusal := self._exceeds(size, len(items)):
-                raise refusal
+                raise refusal.error
             try:
                 if len(items) == 1:
                     return udmabuf.create(device.fileno(), *items[0])
@@ -110,7 +123,7 @@ class UdmabufAllocator:
             except OSError as error:
                 # The parameters may have changed since they were read.
                 if error.errno == errno.EINVAL and (refusal := self._exceeds(size, len(items))):
-                    raise refusal from error
+                    raise refusal.error from error
                 raise
 
     def close(self) -> None:
@@ -141,23 +154,30 @@ class UdmabufAllocator:
             log.warning("Cannot read the parameters of udmabuf, taking their defaults: %s", error)
             return udmabuf.DEFAULT_LIMITS
 
-    def _exceeds(self, size: int, items: int = 1) -> AllocatorError | None:
+    def _exceeds(self, size: int, items: int = 1) -> Refusal | None:
         limits = self._limits()
         if size > limits.max_size:
-            return KernelLimit(
-                f"size: {size} bytes exceed udmabuf's parameter size_limit_mb of {limits.size_limit_mb}; "
-                "root can raise it in /sys/module/udmabuf/parameters"
-            )
+            return _limit("size", f"{size} bytes exceed", "size_limit_mb", limits.size_limit_mb)
         # UDMABUF_CREATE, for one, has no such limit.
         if items > 1 and items > limits.max_items:
-            return KernelLimit(
-                f"ranges: {items} exceed udmabuf's parameter list_limit of {limits.list_limit}; "
-                "root can raise it in /sys/module/udmabuf/parameters"
-            )
+            return _limit("ranges", f"{items} exceed", "list_limit", limits.list_limit)
         return None
 
 
-def describe(allocator: str, fd: OwnedFd | None, dma_buf: OwnedFd, size: int, name: str) -> Memory:
+def _limit(field: str, exceeds: str, parameter: str, value: int) -> Refusal:
+    reason = f"{exceeds} udmabuf's parameter {parameter} of {value}"
+    remedy = "root can raise it in /sys/module/udmabuf/parameters"
+    return Refusal(field, "", reason, remedy, KernelLimit(f"{field}: {reason}; {remedy}"))
+
+
+def describe(
+    allocator: str,
+    fd: OwnedFd | None,
+    dma_buf: OwnedFd,
+    size: int,
+    name: str,
+    accounting: Accounting = Accounting.SERVICE,
+) -> Memory:
     """Check that `dma_buf` is what was asked for, name it, and return it as Memory of `allocator` and `fd`. Raises
     OSError; both descriptors are the caller's then.
     """
@@ -168,6 +188,7 @@ def describe(allocator: str, fd: OwnedFd | None, dma_buf: OwnedFd, size: int, na
     identity = fdstat.look(dma_buf.fileno())
     return Memory(
         allocator=allocator,
+        size=size,
         memfd=fd,
         dma_buf=dma_buf,
         device=identity.device,
@@ -177,6 +198,7 @@ def describe(allocator: str, fd: OwnedFd | None, dma_buf: OwnedFd, size: int, na
         evidence=CacheEvidence.DEFAULT,
         # What the importers' caches do is not known here.
         needs_sync=True,
+        accounting=accounting,
     )
 
 

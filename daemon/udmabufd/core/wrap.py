@@ -14,7 +14,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from udmabufd.core.errors import AccessDenied, BadMemfd, InvalidSpec, from_oserror
-from udmabufd.core.memory import Memory
+from udmabufd.core.memory import Accounting, Memory
 from udmabufd.core.spec import MAX_SIZE
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator, describe
 from udmabufd.linux import boot, fdstat, fill, memfd
@@ -95,7 +95,7 @@ def export(
         items = [Item(fds[index].fileno(), offset, length) for index, offset, length in ranges]
         dma_buf = allocator.export_list(items)
         try:
-            return describe(WRAPPED, None, dma_buf, size, name)
+            return describe(WRAPPED, None, dma_buf, size, name, Accounting.CLIENT)
         except BaseException:
             dma_buf.close()
             raise
