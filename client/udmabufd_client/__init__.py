@@ -36,14 +36,28 @@ if TYPE_CHECKING:
         UdmabufError,
         UdmabufUnavailable,
     )
-    from udmabufd_client.info import BufferInfo, Limits, ListedBuffer, Plane, RecoveredBuffer, Usage
+    from udmabufd_client.info import (
+        AttachmentInfo,
+        BufferInfo,
+        Limits,
+        ListedBuffer,
+        Plane,
+        RecoveredBuffer,
+        Usage,
+    )
+    from udmabufd_client.inventory import AllocatorInfo, DeviceInfo, Verdict
     from udmabufd_client.memfd import wrappable_memfd
     from udmabufd_client.spec import new_request_id
-    from udmabufd_client.sync import Buffer, Client
+    from udmabufd_client.sync import Attachment, Buffer, Client
 
 __all__ = [
     "Client",
     "Buffer",
+    "Attachment",
+    "AttachmentInfo",
+    "Verdict",
+    "DeviceInfo",
+    "AllocatorInfo",
     "BufferInfo",
     "ListedBuffer",
     "Plane",
@@ -84,6 +98,11 @@ _MODULES: Final = ("aio", "sync", "errors", "integrations")
 _HOMES: Final = {
     "Client": "sync",
     "Buffer": "sync",
+    "Attachment": "sync",
+    "AttachmentInfo": "info",
+    "Verdict": "inventory",
+    "DeviceInfo": "inventory",
+    "AllocatorInfo": "inventory",
     "BufferInfo": "info",
     "ListedBuffer": "info",
     "Plane": "info",

@@ -12,25 +12,74 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from udmabufd_client.attachment import Attached, AttachmentBase
 from udmabufd_client.buffer import BufferBase
 from udmabufd_client.info import Limits, ListedBuffer, RecoveredBuffer, Usage
+from udmabufd_client.interface import preload
+from udmabufd_client.inventory import AllocatorInfo, DeviceInfo, Verdict
 from udmabufd_client.memfd import HasFileno, borrowed, lend
 from udmabufd_client.service import Service
 from udmabufd_client.session import DEFAULT_TIMEOUT
-from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_spec, marshal_wrap
+from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_attach, marshal_spec, marshal_wrap
+
+
+class Attachment(AttachmentBase):
+    """An attachment whose calls of the service are coroutines; `async with` detaches at its end."""
+
+    def __init__(self, service: Service, attached: Attached) -> None:
+        super().__init__(attached)
+        self._service = service
+
+    async def detach(self, *, timeout: float | None = None) -> None:
+        """End it: the buffer's memory need no longer suit the device. Harmless when repeated. Raises UdmabufError."""
+        await self._service.attachments.detach(self._attached, timeout)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.detach()
 
 
 class Buffer(BufferBase):
     """A buffer whose calls of the service are coroutines. `timeout` is in seconds; None: the client's."""
 
-    async def get_fd(self, *, timeout: float | None = None) -> int:
+    async def get_fd(self, *, attachment: AttachmentBase | int | None = None, timeout: float | None = None) -> int:
         """Make sure that the buffer has its descriptor, and memory behind it; return it, borrowed.
 
-        Raises UdmabufError; ValueError when the buffer is closed.
+        `attachment`, of this buffer, says which device it is for: then the service is asked in any case, and refuses
+        when that attachment has ended (InvalidSpec). Raises UdmabufError; ValueError when the buffer is closed.
         """
-        if self._fd is None:
-            return self._install(await self._service.get_fd(self._share, timeout))
+        if self._fd is None or attachment is not None:
+            wanted = self._attachment(attachment)
+            return self._install(await self._service.get_fd(self._share, wanted, timeout))
         return self.fileno()
+
+    async def attach(
+        self,
+        device: str,
+        constraints: Mapping[str, object] | None = None,
+        dynamic: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> Attachment:
+        """Say that `device` (a device node, sysfs path or subsystem:name) will touch the buffer.
+
+        Before there is memory nothing is allocated, and the answer comes at once. `constraints` are what the device
+        needs beside what the service knows of it, keys as in contract.CONSTRAINT_KEYS. Raises IncompatibleConstraints
+        and NoAllocator when no memory suits all that are attached, Busy when the memory that the buffer has does not,
+        NoSuchDevice, InvalidSpec; the buffer is as before then.
+        """
+        options = marshal_attach(constraints=constraints, dynamic=dynamic or None)
+        attached = await self._service.attach(self._share, check_text("device", device), options, timeout)
+        return Attachment(self._service, attached)
+
+    @property
+    def own_attachments(self) -> tuple[Attachment, ...]:
+        """What this Buffer has attached and has not ended: by attach(), or by `devices` of its spec, in that order."""
+        return tuple(Attachment(self._service, attached) for attached in self._share.attachments)
 
     async def get_ticket(self, *, timeout: float | None = None) -> str:
         """Return the secret with which another process becomes a holder: see Client.import_ticket()."""
@@ -41,7 +90,9 @@ class Buffer(BufferBase):
         await self._service.set_name(self._share, check_text("name", name), timeout)
 
     async def refresh(self, *, timeout: float | None = None) -> None:
-        """Read the buffer's properties anew. Signals keep them fresh while this connection holds the buffer."""
+        """Read the buffer's properties anew: `attachments` above all, for signals keep all others fresh while this
+        connection holds the buffer. `attachments` stays None if they change again and again meanwhile.
+        """
         await self._service.refresh(self._share, timeout)
 
     async def release(self, *, timeout: float | None = None) -> None:
@@ -66,13 +117,16 @@ class Client:
     Every call raises the exceptions of errors.py, and takes a `timeout` in seconds (None: the client's).
 
     Restarts of the service and of the bus are survived within the time of the calls that meet one. Buffers are held as
-    before after the first, and imported again after the second; Buffer.lost tells of one that could not be. A call
-    that the service took and left unanswered is repeated where that is safe: all that only ask, get_fd(), set_name(),
-    and those that create buffers with a request_id. All others raise ServiceRestarted.
+    before after the first, and after the second imported again, with their attachments; Buffer.lost and
+    Attachment.ended tell of those that could not be. A call that the service took and left unanswered is repeated
+    where that is safe: all that only ask, get_fd(), set_name(), attach(), detach(), and those that create buffers with
+    a request_id. All others raise ServiceRestarted.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, on_detached: Callable[[Attachment], object] | None = None) -> None:
         self._service = service
+        if on_detached is not None:
+            service.attachments.on_detached = lambda attached: on_detached(Attachment(service, attached))
 
     @staticmethod
     def connect(
@@ -81,15 +135,19 @@ class Client:
         timeout: float = DEFAULT_TIMEOUT,
         reconnect: bool = True,
         on_reconnect: Callable[[], object] | None = None,
+        on_detached: Callable[[Attachment], object] | None = None,
     ) -> Connecting:
         """Connect to `bus`: "system", "session" or a D-Bus address; `timeout`, in seconds, is each call's default.
 
         `client = await Client.connect()` or `async with Client.connect() as client`. Raises ServiceUnavailable.
 
         Without `reconnect` the loss of the bus is final. `on_reconnect` is called after each restart of the service or
-        of the bus, when every buffer is held again or `lost`; it must not block, and runs on the client's loop.
+        of the bus, when every buffer is held again or `lost`; `on_detached` with each Attachment that ended because
+        its device is gone, or because it could not be had again after a restart: at times before the call that made
+        it has returned. They must not block, and run on the client's loop.
         """
-        return Connecting(bus, timeout, reconnect, on_reconnect)
+        preload()
+        return Connecting(bus, timeout, reconnect, on_reconnect, on_detached)
 
     @property
     def unique_name(self) -> str:
@@ -128,16 +186,19 @@ class Client:
         ranges: Sequence[tuple[int, int, int]] | None = None,
         *,
         name: str | None = None,
+        constraints: Mapping[str, object] | None = None,
+        devices: Sequence[str] | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> Buffer:
         """Have memory of one's own exported as one dma-buf; Buffer.get_fd() then gets its descriptor.
 
         `memfds` are borrowed: wrappable_memfd() makes right ones. `ranges` are the buffer's parts in order, each
-        (index into memfds, offset, size in bytes); by default each memfd as a whole. Raises BadMemfd naming what a
-        memfd lacks, NotSupported where the kernel would show stale pages and only root may wrap; OSError, ValueError.
+        (index into memfds, offset, size in bytes); by default each memfd as a whole. `constraints` and `devices` as in
+        SpecKeys: the memory is as it is, and suits them or is refused. Raises BadMemfd naming what a memfd lacks,
+        NotSupported where the kernel would show stale pages and only root may wrap; OSError, ValueError.
         """
-        options = marshal_wrap(name=name, request_id=request_id)
+        options = marshal_wrap(name=name, constraints=constraints, devices=devices, request_id=request_id)
         fds, parts = lend(memfds, ranges)
         return Buffer(self._service, await self._service.wrap(fds, parts, options, timeout), None)
 
@@ -158,14 +219,32 @@ class Client:
 
     async def list_buffers(self, *, timeout: float | None = None) -> list[ListedBuffer]:
         """Return what the service says of the buffers of this user; root sees all."""
-        return await self._service.list_buffers(timeout)
+        return await self._service.reports.list_buffers(timeout)
+
+    async def explain(
+        self, spec: Mapping[str, object] | None = None, /, *, timeout: float | None = None, **keys: Unpack[SpecKeys]
+    ) -> list[Verdict]:
+        """Return what each allocator says to a spec, in the order in which they are asked; allocates nothing.
+
+        The first that is `ok` would serve allocate(); the next one if it turns out to have run out of memory. Raises
+        IncompatibleConstraints, NoSuchDevice and InvalidSpec as allocate() does.
+        """
+        return await self._service.reports.explain(marshal_spec(spec, keys), timeout)
+
+    async def devices(self, *, timeout: float | None = None) -> list[DeviceInfo]:
+        """Return the devices of this machine that import dma-bufs, with what is known of each and from where."""
+        return await self._service.reports.devices(timeout)
+
+    async def allocators(self, *, timeout: float | None = None) -> list[AllocatorInfo]:
+        """Return the allocators in the order in which they are asked, with what each can do."""
+        return await self._service.reports.allocators(timeout)
 
     async def usage(self, *, interactive: bool = False, timeout: float | None = None) -> list[Usage]:
         """Return what each user and application holds. For root, and whom polkit allows: raises AccessDenied.
 
         `interactive` lets a polkit agent ask the user for a password meanwhile.
         """
-        return await self._service.usage(interactive, timeout)
+        return await self._service.reports.usage(interactive, timeout)
 
     async def recover(
         self, discard: bool = False, *, interactive: bool = False, timeout: float | None = None
@@ -175,15 +254,15 @@ class Client:
         Return what became of each. For root, and whom polkit allows. Raises NotSupported when there is nothing to
         recover, AccessDenied; ServiceRestarted is to be followed by a look at list_buffers().
         """
-        return await self._service.recover(discard, interactive, timeout)
+        return await self._service.reports.recover(discard, interactive, timeout)
 
     async def limits(self, *, timeout: float | None = None) -> Limits:
         """Return the limits that apply to this user."""
-        return Limits.from_properties(await self._service.properties(timeout))
+        return Limits.from_properties(await self._service.reports.properties(timeout))
 
     async def properties(self, *, timeout: float | None = None) -> dict[str, Any]:
         """Return every property of the allocator by its D-Bus name: limits, counters, what is available."""
-        return await self._service.properties(timeout)
+        return await self._service.reports.properties(timeout)
 
     async def wait_lost(self) -> None:
         """Return when the connection to the bus is lost for the first time, or closed.
@@ -213,17 +292,26 @@ class Client:
 class Connecting(AbstractAsyncContextManager[Client]):
     """What Client.connect() returns: awaited it is the client, in `async with` it is closed at the end."""
 
-    def __init__(self, bus: str, timeout: float, reconnect: bool, on_reconnect: Callable[[], object] | None) -> None:
+    def __init__(
+        self,
+        bus: str,
+        timeout: float,
+        reconnect: bool,
+        on_reconnect: Callable[[], object] | None,
+        on_detached: Callable[[Attachment], object] | None,
+    ) -> None:
         self._bus = bus
         self._timeout = timeout
         self._reconnect = reconnect
         self._on_reconnect = on_reconnect
+        self._on_detached = on_detached
         self._client: Client | None = None
 
     async def _connect(self) -> Client:
-        return Client(
-            await Service.open(self._bus, self._timeout, reconnect=self._reconnect, on_reconnect=self._on_reconnect)
+        service = await Service.open(
+            self._bus, self._timeout, reconnect=self._reconnect, on_reconnect=self._on_reconnect
         )
+        return Client(service, self._on_detached)
 
     def __await__(self) -> Generator[Any, None, Client]:
         return self._connect().__await__()

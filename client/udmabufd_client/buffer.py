@@ -10,18 +10,20 @@ import fcntl
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 from udmabufd_base.fd import OwnedFd
+from udmabufd_client.attachment import Attached, AttachmentBase
 from udmabufd_client.bracket import READ, WRITE, SyncBracket
 from udmabufd_client.contract import Kind
-from udmabufd_client.info import BufferInfo, Plane
+from udmabufd_client.info import AttachmentInfo, BufferInfo, Plane
 from udmabufd_client.mapping import Map, SharedMapping
 from udmabufd_client.service import Service
 from udmabufd_client.share import Share
+from udmabufd_client.spec import check_number
 
 
 class BufferBase:
@@ -86,6 +88,24 @@ class BufferBase:
     def planes(self) -> tuple[Plane, ...]:
         """Offsets and strides of an image's planes; none for a buffer that was asked for by size."""
         return self._share.info.planes
+
+    @property
+    def constraints(self) -> Mapping[str, Any] | None:
+        """What the memory must be like: the merged constraints of all that are attached, and of the buffer's spec.
+
+        Keys as in contract.CONSTRAINT_KEYS, kept fresh by the service's signals; None while it has not told of them,
+        as after an import: refresh() asks.
+        """
+        return self._share.constraints
+
+    @property
+    def attachments(self) -> tuple[AttachmentInfo, ...] | None:
+        """The devices that are attached, by whichever holder, as far as is known: refresh() reads them.
+
+        None after an import, and from any change on, this client's own attach() and detach() included: the service
+        signals a change without telling the new rows. `own_attachments` is always up to date, without asking.
+        """
+        return self._share.attachment_rows
 
     @property
     def closed(self) -> bool:
@@ -223,6 +243,12 @@ class BufferBase:
     def _label(self) -> str:
         name = self._share.info.name
         return f"buffer {self._share.id}{f' ({name})' if name else ''}"
+
+    def _attachment(self, given: AttachmentBase | int | None) -> Attached | int | None:
+        """Return what the service is asked with. Raises InvalidSpec for what is no number."""
+        if given is None or isinstance(given, AttachmentBase):
+            return given._attached if given is not None else None
+        return check_number("attachment", given)
 
     def _install(self, fd: OwnedFd) -> int:
         """Take the descriptor that get_fd() got, unless another call was faster, and return the buffer's own."""

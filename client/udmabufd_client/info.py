@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the service says of buffers and of itself, as frozen dataclasses, and the check of every value's type.
+"""What the service says of buffers, users and its limits, as frozen dataclasses.
 
-Pure data: asks nobody. A key that this version does not know is passed over, so that a newer service can be used.
+Pure data: asks nobody. Devices and allocators are in inventory.py, the check of every value's type in replies.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from udmabufd_client import contract
 from udmabufd_client.contract import State
 from udmabufd_client.errors import BadReply
 from udmabufd_client.interface import interface
+from udmabufd_client.replies import typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class BufferInfo:
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
         """Return `info` from its `a{sv}`. Raises BadReply naming a key whose type is not the interface's."""
-        return cls(**_checked_planes(_typed(raw, contract.INFO_TYPES)))
+        return cls(**_checked_planes(typed(raw, contract.INFO_TYPES)))
 
     @property
     def planes(self) -> tuple[Plane, ...]:
@@ -98,10 +99,10 @@ class ListedBuffer(BufferInfo):
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
         """Return one entry of ListBuffers. Raises BadReply as BufferInfo.parse(), and without a buffer's path."""
-        typed = _checked_planes(_typed(raw, contract.LIST_TYPES))
-        if not str(typed.get("buffer", "")).startswith(contract.BUFFER_PATH_PREFIX):
+        entry = _checked_planes(typed(raw, contract.LIST_TYPES))
+        if not str(entry.get("buffer", "")).startswith(contract.BUFFER_PATH_PREFIX):
             raise BadReply("ListBuffers: an entry names no buffer.")
-        return cls(**typed)
+        return cls(**entry)
 
     @property
     def id(self) -> str:
@@ -112,6 +113,37 @@ class ListedBuffer(BufferInfo):
         """Return what is known, by key, the id and the path first: for JSON."""
         known = super().as_dict()
         return {"id": self.id, "buffer": known.pop("buffer"), **known}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachmentInfo:
+    """A device that is attached to a buffer, by whichever holder: one row of the property Attachments.
+
+    `own` says whether this connection attached it: only then its number is of use here.
+    """
+
+    attachment: int
+    device: str = ""
+    dynamic: bool = False
+    pins: int = 0
+    own: bool = False
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Self:
+        """Return one row of Attachments. Raises BadReply on a wrong type, and without a number."""
+        row = typed(raw, contract.ATTACHMENT_TYPES)
+        if "attachment" not in row:
+            raise BadReply("Attachments: a row has no attachment.")
+        return cls(**row)
+
+    @property
+    def number(self) -> int:
+        """The attachment's number, as Attachment.number."""
+        return self.attachment
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all by key: for JSON."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +162,7 @@ class Limits:
     max_wrapped_bytes_per_user: int | None = None
     max_fds_in_flight_per_user: int | None = None
     max_shares_per_user: int | None = None
+    max_attachments_per_user: int | None = None
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, Any]) -> Self:
@@ -152,10 +185,10 @@ class Usage:
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
         """Return one row of GetUsage. Raises BadReply on a wrong type, and without a uid."""
-        typed = _typed(raw, contract.USAGE_TYPES)
-        if "uid" not in typed:
+        row = typed(raw, contract.USAGE_TYPES)
+        if "uid" not in row:
             raise BadReply("GetUsage: a row names no user.")
-        return cls(**typed)
+        return cls(**row)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all by key: for JSON."""
@@ -176,7 +209,7 @@ class RecoveredBuffer:
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
         """Return one row of Recover. Raises BadReply on a wrong type."""
-        return cls(**_typed(raw, contract.RECOVERED_TYPES))
+        return cls(**typed(raw, contract.RECOVERED_TYPES))
 
     @property
     def id(self) -> str | None:
@@ -190,9 +223,16 @@ class RecoveredBuffer:
 
 
 def parse_properties(interface_name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return properties by name with plain values, those that the XML knows. Raises BadReply on a wrong type."""
+    """Return properties by name with plain values, those that the XML knows; Attachments as AttachmentInfo.
+
+    Raises BadReply on a wrong type.
+    """
     types = {name: known.signature for name, known in interface(interface_name).properties.items()}
-    return _typed(raw, types)
+    rows = raw.get("Attachments")
+    properties = typed(raw, types)
+    if "Attachments" in properties and isinstance(rows, Variant):
+        properties["Attachments"] = tuple(AttachmentInfo.parse(row) for row in rows.value)
+    return properties
 
 
 def state_of(info: BufferInfo) -> State:
@@ -200,38 +240,14 @@ def state_of(info: BufferInfo) -> State:
     return State.BACKED if info.serial else State.EMPTY
 
 
-def _typed(raw: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
-    typed: dict[str, Any] = {}
-    for key, signature in types.items():
-        variant = raw.get(key)
-        if variant is None:
-            continue
-        if not isinstance(variant, Variant) or variant.signature != signature:
-            found = variant.signature if isinstance(variant, Variant) else type(variant).__name__
-            raise BadReply(f"{key}: the service answers type {found} where the interface has {signature}.")
-        typed[key] = tuple(variant.value) if signature == "at" else _unpacked(variant.value)
-    return typed
-
-
-def _checked_planes(typed: dict[str, Any]) -> dict[str, Any]:
+def _checked_planes(known: dict[str, Any]) -> dict[str, Any]:
     """Refuse planes that do not lie in the buffer, so that nobody after this has to."""
-    offsets, strides, size = typed.get("offsets", ()), typed.get("strides", ()), typed.get("size")
+    offsets, strides, size = known.get("offsets", ()), known.get("strides", ()), known.get("size")
     if len(offsets) != len(strides):
         raise BadReply(f"offsets, strides: {len(offsets)} and {len(strides)} planes.")
     if size is not None and list(offsets) != sorted(offset for offset in offsets if offset < size):
         raise BadReply("offsets: not in order, or outside the buffer.")
-    return typed
-
-
-def _unpacked(value: Any) -> Any:
-    """Return `value` with the variants inside it replaced by what they hold."""
-    if isinstance(value, Variant):
-        return _unpacked(value.value)
-    if isinstance(value, dict):
-        return {key: _unpacked(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_unpacked(inner) for inner in value]
-    return value
+    return known
 
 
 def _snake(name: str) -> str:

@@ -16,3 +16,9 @@ PROPERTIES_INTERFACE: Final = "org.freedesktop.DBus.Properties"
 def interface(name: str) -> Interface:
     """Return interface `name`. Raises FileNotFoundError when the installation lacks its XML."""
     return parse(contract.interface_xml(name), name)
+
+
+def preload() -> None:
+    """Read the interfaces that every client uses: this takes milliseconds, which no event loop should be kept for."""
+    for name in (contract.ALLOCATOR_INTERFACE, contract.BUFFER_INTERFACE, PROPERTIES_INTERFACE):
+        interface(name)

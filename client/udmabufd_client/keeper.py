@@ -3,12 +3,14 @@
 
 Restarted, the service holds a connection's shares as before; what its signals would have told meanwhile is read anew.
 With the bus the shares themselves are gone: each buffer is imported again, by its descriptor or its ticket, within the
-time for which the service keeps it. When calls are made and repeated is left to session.py.
+time for which the service keeps it, and what was attached to it is attached again. When calls are made and repeated is
+left to session.py, attaching to attachments.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -16,8 +18,9 @@ from typing import Final, TypeVar
 from udmabufd_base.connection import Reply
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client.arrivals import Arrivals, new_share
+from udmabufd_client.attachments import Attachments, Rows, own_numbers
 from udmabufd_client.background import pauses
-from udmabufd_client.contract import BUFFER_INTERFACE, BUS_GRACE
+from udmabufd_client.contract import BUS_GRACE
 from udmabufd_client.errors import (
     AccessDenied,
     CallTimedOut,
@@ -32,8 +35,7 @@ from udmabufd_client.errors import (
     UdmabufError,
     UdmabufUnavailable,
 )
-from udmabufd_client.info import BufferInfo, parse_properties
-from udmabufd_client.interface import PROPERTIES_INTERFACE
+from udmabufd_client.info import BufferInfo
 from udmabufd_client.releases import Releases
 from udmabufd_client.session import DEFAULT_TIMEOUT, Session
 from udmabufd_client.share import Share, Shares
@@ -44,6 +46,10 @@ T = TypeVar("T")
 
 _AWAY: Final = (ServiceUnavailable, CallTimedOut, RateLimited, UdmabufUnavailable)
 """These say nothing of the buffer: they are waited out."""
+
+_AWAY_ATTACHING: Final = (ServiceUnavailable, CallTimedOut, RateLimited)
+"""A service that has let a buffer be imported knows its state; without /dev/udmabuf it says of a device that no memory
+suits it."""
 
 _SHORT: Final = (QuotaExceeded, OutOfMemory)
 """So do these, but they may last longer than the buffer is kept."""
@@ -58,12 +64,14 @@ class Keeper:
         shares: Shares,
         arrivals: Arrivals,
         releases: Releases,
+        attachments: Attachments,
         done: Callable[[], object] | None,
     ) -> None:
         self._session = session
         self._shares = shares
         self._arrivals = arrivals
         self._releases = releases
+        self._attachments = attachments
         self._done = done
         self._pass: asyncio.Task[None] | None = None
         self._once_more = False
@@ -80,6 +88,8 @@ class Keeper:
         """The bus was started anew, or has dropped this client: its shares are gone."""
         for share in self._shares.all():
             share.void()
+            for attached in share.attachments:
+                attached.number = 0
         if self._pass is not None:
             self._pass.cancel()
         self._begin()
@@ -118,18 +128,41 @@ class Keeper:
         except (UdmabufError, OSError) as error:
             log.info("Buffer %s is lost: %s", share.id, error)
             self._shares.remove(share)
+            self._attachments.lost(share)
             share.settle(lost=True)
             return
-        if share.released:
-            self._releases.give_back(path)
-        else:
+        if not share.released:
             # A service that did not know its former state may know the buffer by another id.
             self._shares.remove(share)
             share.path = path
             self._shares.add(share)
             if info is not None:
                 share.told_info(info)
+            await self._attach_again(share)
+        # Its close(), meanwhile, has found nothing to give back.
+        if share.released:
+            self._releases.give_back(path)
         share.settle()
+
+    async def _attach_again(self, share: Share) -> None:
+        """Have the attachments of a share again; end those that cannot be had."""
+        live = [attached for attached in share.attachments if attached.live]
+        if not live:
+            return
+        share.attachment_rows = None
+        there: frozenset[int] = frozenset()
+        try:
+            there = own_numbers(await self._patiently(lambda: self._properties(share)))
+        except UdmabufError as error:
+            log.info("Properties of buffer %s could not be read: %s", share.id, error)
+        for attached in live:
+            if share.released or not attached.live:
+                continue
+            try:
+                again = functools.partial(self._attachments.again, attached, there)
+                await self._patiently(again, away=_AWAY_ATTACHING)
+            except UdmabufError as error:
+                self._attachments.give_up(attached, str(error))
 
     def _importing(self, share: Share) -> Callable[[], Awaitable[tuple[str, BufferInfo | None]]]:
         """Return what imports the buffer, or finds that the service knows us as a holder already."""
@@ -181,21 +214,17 @@ class Keeper:
 
         return await self._arrivals.bring(member, [argument], take, DEFAULT_TIMEOUT, again=False, fds=fds)
 
-    async def _properties(self, share: Share) -> None:
-        """Read the buffer's properties anew, whether the share is held or not."""
-        share.expect()
-        (raw,) = await self._session.ask(
-            share.path, PROPERTIES_INTERFACE, "GetAll", [BUFFER_INTERFACE], DEFAULT_TIMEOUT, again=True
-        )
-        share.told_reply(parse_properties(BUFFER_INTERFACE, raw))
+    async def _properties(self, share: Share) -> Rows:
+        """Read the buffer's properties anew, whether the share is held or not; return what is attached."""
+        return await self._attachments.read(share, share.path, DEFAULT_TIMEOUT)
 
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, call: Callable[[], Awaitable[T]], away: tuple[type[UdmabufError], ...] = _AWAY) -> T:
         """Make a call until its answer says something of the buffer."""
         short_since: float | None = None
         for pause in pauses():
             try:
                 return await call()
-            except _AWAY as error:
+            except away as error:
                 log.debug("The service is away or busy: %s", error)
             except _SHORT:
                 now = asyncio.get_running_loop().time()

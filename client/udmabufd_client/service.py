@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The members of the service as coroutines, each once, for both clients; and the signals that tell of buffers.
 
-Knows what each member means, and whether it can be repeated. How calls survive is left to session.py, shares to
-keeper.py and releases.py; buffers as objects, mappings and threads to aio, sync and buffer.
+Knows what each member means, and whether it can be repeated. What only tells is in reports.py. How calls survive is
+left to session.py, shares to keeper.py and releases.py; buffers as objects, mappings and threads to aio, sync and
+buffer.
 """
 
 from __future__ import annotations
@@ -16,20 +17,17 @@ from udmabufd_base.codec import Variant
 from udmabufd_base.connection import Incoming, Reply
 from udmabufd_base.errors import BusError
 from udmabufd_base.fd import OwnedFd, close_all
-from udmabufd_base.message import ALLOW_INTERACTIVE_AUTHORIZATION
 from udmabufd_client.arrivals import Arrivals, new_share
-from udmabufd_client.contract import (
-    ADMIN_INTERFACE,
-    ALLOCATOR_INTERFACE,
-    BUFFER_INTERFACE,
-    OBJECT_PATH,
-)
-from udmabufd_client.errors import BadReply, CallTimedOut, NoSuchBuffer, ServiceUnavailable, UdmabufError
-from udmabufd_client.info import BufferInfo, ListedBuffer, RecoveredBuffer, Usage, parse_properties
+from udmabufd_client.attachment import Attached
+from udmabufd_client.attachments import Attachments
+from udmabufd_client.contract import BUFFER_INTERFACE
+from udmabufd_client.errors import BadReply, CallTimedOut, InvalidSpec, NoSuchBuffer, ServiceUnavailable, UdmabufError
+from udmabufd_client.info import BufferInfo, parse_properties
 from udmabufd_client.interface import PROPERTIES_INTERFACE, interface
 from udmabufd_client.keeper import Keeper
 from udmabufd_client.link import fds_of, steal_fds
 from udmabufd_client.releases import Releases
+from udmabufd_client.reports import Reports
 from udmabufd_client.session import DEFAULT_TIMEOUT, Session
 from udmabufd_client.share import Share, Shares
 
@@ -58,7 +56,15 @@ class Service:
         )
         self._releases = Releases(self._session, self._shares)
         self._arrivals = Arrivals(self._session, self._shares, self._releases)
-        self._keeper = Keeper(self._session, self._shares, self._arrivals, self._releases, on_reconnect)
+        self.attachments = Attachments(self._session, self._shares)
+        self.reports = Reports(self._session)
+        self._tellers: dict[tuple[str, str], Callable[..., None]] = {
+            (PROPERTIES_INTERFACE, "PropertiesChanged"): self._changed,
+            (BUFFER_INTERFACE, "Detached"): self.attachments.detached,
+        }
+        self._keeper = Keeper(
+            self._session, self._shares, self._arrivals, self._releases, self.attachments, on_reconnect
+        )
 
     @classmethod
     async def open(
@@ -105,13 +111,13 @@ class Service:
     async def allocate(self, spec: Mapping[str, Variant], timeout: float | None) -> tuple[Share, OwnedFd]:
         """Allocate: one buffer with memory."""
 
-        def take(reply: Reply) -> tuple[Share, OwnedFd]:
+        def take(reply: Reply) -> list[tuple[Share, OwnedFd]]:
             path, index, info = reply.body
             share = new_share(path, BufferInfo.parse(info))
             fd = steal_fds(reply, [index])[0]
-            return self._hold(share), fd
+            return [(self._hold(share), fd)]
 
-        return await self._arrivals.bring("Allocate", [spec], take, timeout, again="request_id" in spec)
+        return (await self._allocate("Allocate", [spec], take, timeout))[0]
 
     async def allocate_many(
         self, spec: Mapping[str, Variant], count: int, timeout: float | None
@@ -126,7 +132,27 @@ class Service:
             fds = steal_fds(reply, indexes)
             return [(self._hold(share), fd) for share, fd in zip(shares, fds, strict=True)]
 
-        return await self._arrivals.bring("AllocateMany", [spec, count], take, timeout, again="request_id" in spec)
+        return await self._allocate("AllocateMany", [spec, count], take, timeout)
+
+    async def _allocate(
+        self,
+        member: str,
+        body: list[Any],
+        take: Callable[[Reply], list[tuple[Share, OwnedFd]]],
+        timeout: float | None,
+    ) -> list[tuple[Share, OwnedFd]]:
+        left = self._countdown(timeout)
+        spec = body[0]
+        with self.attachments.arriving():
+            made = await self._arrivals.bring(member, body, take, left(), again="request_id" in spec)
+            try:
+                await self.attachments.learn([share for share, _ in made], spec, left)
+            except BaseException:
+                for share, fd in made:
+                    fd.close()
+                    self.give_back(share)
+                raise
+        return made
 
     async def create(self, spec: Mapping[str, Variant], timeout: float | None) -> Share:
         """CreateBuffer, its properties and its ticket: a buffer without memory."""
@@ -135,13 +161,15 @@ class Service:
         def take(reply: Reply) -> Share:
             return self._hold(new_share(reply.body[0], BufferInfo()))
 
-        share = await self._arrivals.bring("CreateBuffer", [spec], take, left(), again="request_id" in spec)
-        try:
-            await self.refresh(share, left())
-            await self._learn_ticket(share, left())
-        except BaseException:
-            self.give_back(share)
-            raise
+        with self.attachments.arriving():
+            share = await self._arrivals.bring("CreateBuffer", [spec], take, left(), again="request_id" in spec)
+            try:
+                rows = await self.attachments.read(share, share, left())
+                self.attachments.of_spec(share, spec, rows)
+                await self._learn_ticket(share, left())
+            except BaseException:
+                self.give_back(share)
+                raise
         return share
 
     async def wrap(
@@ -156,14 +184,16 @@ class Service:
         try:
             body = [list(range(len(fds))), ranges, options]
             again = "request_id" in options
-            share = await self._arrivals.bring("WrapMemfd", body, self._take, left(), again=again, fds=fds)
+            with self.attachments.arriving():
+                share = await self._arrivals.bring("WrapMemfd", body, self._take, left(), again=again, fds=fds)
+                try:
+                    await self.attachments.learn([share], options, left)
+                    await self._learn_ticket(share, left())
+                except BaseException:
+                    self.give_back(share)
+                    raise
         finally:
             close_all(fds)
-        try:
-            await self._learn_ticket(share, left())
-        except BaseException:
-            self.give_back(share)
-            raise
         return share
 
     async def import_fd(self, fd: OwnedFd, timeout: float | None) -> tuple[Share, OwnedFd]:
@@ -180,40 +210,31 @@ class Service:
         share.ticket = ticket
         return share
 
-    # Members of the allocator that tell
-
-    async def list_buffers(self, timeout: float | None) -> list[ListedBuffer]:
-        """ListBuffers: the buffers of the caller's user; root sees all."""
-        (entries,) = await self._tell(ALLOCATOR_INTERFACE, "ListBuffers", [], timeout)
-        return [ListedBuffer.parse(entry) for entry in entries]
-
-    async def properties(self, timeout: float | None) -> dict[str, Any]:
-        """Return every property of the allocator that the interface has and the service gives, by name."""
-        return await self._get_all(OBJECT_PATH, ALLOCATOR_INTERFACE, timeout)
-
-    async def usage(self, interactive: bool, timeout: float | None) -> list[Usage]:
-        """GetUsage, for administrators: who holds how much."""
-        flags = ALLOW_INTERACTIVE_AUTHORIZATION if interactive else 0
-        (rows,) = await self._tell(ADMIN_INTERFACE, "GetUsage", [], timeout, flags=flags)
-        return [Usage.parse(row) for row in rows]
-
-    async def recover(self, discard: bool, interactive: bool, timeout: float | None) -> list[RecoveredBuffer]:
-        """Recover, for administrators: keep or give up the buffers of a state that could not be read."""
-        options = {"discard": Variant("b", bool(discard))}
-        flags = ALLOW_INTERACTIVE_AUTHORIZATION if interactive else 0
-        (rows,) = await self._tell(ADMIN_INTERFACE, "Recover", [options], timeout, again=False, flags=flags)
-        return [RecoveredBuffer.parse(row) for row in rows]
-
     # Members of a buffer
 
-    async def get_fd(self, share: Share, timeout: float | None) -> OwnedFd:
-        """GetFd: a descriptor of the buffer; the first call allocates its memory."""
+    async def get_fd(self, share: Share, attachment: Attached | int | None, timeout: float | None) -> OwnedFd:
+        """GetFd: a descriptor of the buffer, perhaps for an attachment; the first call allocates its memory."""
+        if isinstance(attachment, Attached) and attachment.share.path != share.path:
+            raise InvalidSpec(f"attachment: {attachment.device} is attached to another buffer.")
+
+        def body() -> list[dict[str, Variant]]:
+            if isinstance(attachment, Attached) and (attachment.reason or not attachment.number):
+                raise InvalidSpec(f"attachment: that of {attachment.device} has ended: {attachment.reason}.")
+            number = attachment.number if isinstance(attachment, Attached) else attachment
+            return [{} if number is None else {"attachment": Variant("u", number)}]
+
         share.expect()
-        reply = await self._session.call(share, BUFFER_INTERFACE, "GetFd", [{}], timeout, again=True)
+        reply = await self._session.call(share, BUFFER_INTERFACE, "GetFd", body, timeout, again=True)
         with fds_of(reply):
             index, info = reply.body
             share.told_info(BufferInfo.parse(info))
             return steal_fds(reply, [index])[0]
+
+    async def attach(
+        self, share: Share, device: str, options: Mapping[str, Variant], timeout: float | None
+    ) -> Attached:
+        """Attach: a device will touch the buffer."""
+        return await self.attachments.attach(share, device, options, self._countdown(timeout))
 
     async def get_ticket(self, share: Share, timeout: float | None) -> str:
         """GetTicket: the secret that stands for the buffer in import_ticket()."""
@@ -241,9 +262,7 @@ class Service:
 
     async def refresh(self, share: Share, timeout: float | None) -> None:
         """Read the buffer's properties anew."""
-        share.expect()
-        said = await self._get_all(share, BUFFER_INTERFACE, timeout)
-        share.told_reply(said)
+        await self.attachments.refresh(share, self._countdown(timeout))
 
     async def release(self, share: Share, timeout: float | None) -> None:
         """Release: give back the share and wait for the answer. Nothing when it was given back before."""
@@ -263,12 +282,14 @@ class Service:
             raise
         finally:
             if share.released:
+                self.attachments.leave(share)
                 self._forget(share)
 
     def give_back(self, share: Share) -> None:
         """Release without waiting for an answer: for close(), which must neither block nor fail."""
         if not self._mark_released(share):
             return
+        self.attachments.leave(share)
         if share.held:
             self._releases.give_back(share.path)
         self._forget(share)
@@ -284,22 +305,6 @@ class Service:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (self._timeout if timeout is None else timeout)
         return lambda: max(deadline - loop.time(), 0.0)
-
-    async def _tell(
-        self,
-        interface_name: str,
-        member: str,
-        body: list[Any],
-        timeout: float | None,
-        *,
-        again: bool = True,
-        flags: int = 0,
-    ) -> list[Any]:
-        return await self._session.ask(OBJECT_PATH, interface_name, member, body, timeout, again=again, flags=flags)
-
-    async def _get_all(self, target: Share | str, interface_name: str, timeout: float | None) -> dict[str, Any]:
-        (raw,) = await self._session.ask(target, PROPERTIES_INTERFACE, "GetAll", [interface_name], timeout, again=True)
-        return parse_properties(interface_name, raw)
 
     async def _learn_ticket(self, share: Share, timeout: float | None) -> None:
         if self._session.reconnect and not share.ticket:
@@ -327,17 +332,18 @@ class Service:
         """Pass on what the service says of a buffer. Anybody can send signals: only the name's owner counts."""
         header = incoming.header
         path, sender = header.path, header.sender
-        if (
-            sender != self._session.link.owner
-            or not self._shares.awaits(path)
-            or (header.interface, header.member) != (PROPERTIES_INTERFACE, "PropertiesChanged")
-            or header.signature != interface(PROPERTIES_INTERFACE).signals["PropertiesChanged"]
-        ):
+        if sender != self._session.link.owner or not self._shares.awaits(path):
+            return
+        told = self._tellers.get((header.interface, header.member))
+        if told is None or header.signature != interface(header.interface).signals[header.member]:
             return
         try:
-            interface_name, changed, _ = incoming.body()
-            properties = parse_properties(BUFFER_INTERFACE, changed) if interface_name == BUFFER_INTERFACE else {}
+            told(path, *incoming.body())
         except (BusError, BadReply) as error:
-            log.debug("PropertiesChanged of %s from %s passed over: %s", path, sender, error)
-            return
-        self._shares.told(path, properties)
+            log.debug("%s of %s from %s passed over: %s", header.member, path, sender, error)
+
+    def _changed(self, path: str, interface_name: str, changed: Mapping[str, Any], invalidated: list[str]) -> None:
+        if interface_name == BUFFER_INTERFACE:
+            if "Attachments" in (*changed, *invalidated):
+                self._shares.attachments_changed(path)
+            self._shares.told(path, parse_properties(BUFFER_INTERFACE, changed))

@@ -38,6 +38,9 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT: Final = 25.0
 """Seconds that a call may take unless it is told otherwise; libdbus's default."""
 
+Body = Sequence[Any] | Callable[[], Sequence[Any]]
+"""What a call sends, or what is asked for it at each attempt."""
+
 _TICK: Final = 0.001
 
 
@@ -137,7 +140,7 @@ class Session:
         target: Share | str,
         interface_name: str,
         member: str,
-        body: Sequence[Any],
+        body: Body,
         timeout: float | None,
         *,
         again: bool,
@@ -146,24 +149,23 @@ class Session:
     ) -> Reply:
         """Make one call and return its reply, whose fds the caller owns.
 
-        `target` is an object's path, or a share: then the call waits until the share is held. A call that reached no
-        service is made again within its time, one that a service took and left unanswered only if it may be made
-        `again`. With `only`, never on another link. Raises UdmabufError.
+        `target` is an object's path, or a share: then the call waits until the share is held. A function as `body` is
+        called for each attempt. A call that reached no service is made again within its time, one that a service took
+        and left unanswered only if it may be made `again`. With `only`, never on another link. Raises UdmabufError.
         """
 
         def attempt(link: Link, left: float) -> Awaitable[Reply]:
-            path = target if isinstance(target, str) else target.path
-            return link.call(path, interface_name, member, body, left, flags)
+            sent = body() if callable(body) else body
+            return link.call(str(target), interface_name, member, sent, left, flags)
 
-        share = None if isinstance(target, str) else target
-        return await self._made(member, timeout, attempt, again=again, share=share, only=only)
+        return await self._made(member, timeout, attempt, again=again, target=target, only=only)
 
     async def ask(
         self,
         target: Share | str,
         interface_name: str,
         member: str,
-        body: Sequence[Any],
+        body: Body,
         timeout: float | None,
         *,
         again: bool,
@@ -177,7 +179,7 @@ class Session:
 
     async def bring(
         self,
-        path: str,
+        target: Share | str,
         interface_name: str,
         member: str,
         body: Sequence[Any],
@@ -200,9 +202,9 @@ class Session:
             except BaseException:
                 close_all(duplicates)
                 raise
-            return link.bring(path, interface_name, member, body, left, duplicates, take=take, refuse=refuse)
+            return link.bring(str(target), interface_name, member, body, left, duplicates, take=take, refuse=refuse)
 
-        return await self._made(member, timeout, attempt, again=again, late="; what it brings later is given back")
+        return await self._made(member, timeout, attempt, again=again, target=target, brings=True)
 
     # How a call survives
 
@@ -213,9 +215,9 @@ class Session:
         attempt: Callable[[Link, float], Awaitable[T]],
         *,
         again: bool,
-        share: Share | None = None,
+        target: Share | str,
         only: Link | None = None,
-        late: str = "",
+        brings: bool = False,
     ) -> T:
         limit = self._timeout if timeout is None else timeout
         deadline = self._loop.time() + limit
@@ -223,12 +225,13 @@ class Session:
         for pause in pauses():
             try:
                 async with asyncio.timeout_at(deadline):
-                    link = await self._ready(share, only)
+                    link = await self._ready(target if isinstance(target, Share) else None, only)
             except TimeoutError:
                 raise failure or self._absent(member, limit) from None
             try:
                 return await attempt(link, max(deadline - self._loop.time(), 0.0))
             except BusCallTimedOut as error:
+                late = "; what it brings later is given back" if brings else ""
                 raise CallTimedOut(f"{member}: no answer within {round(limit, 3):g} s{late}.") from error
             except (BodyTooLarge, ProtocolError) as error:
                 raise BadReply(f"{member}: {error}.") from error

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """One share of one buffer: what this client holds at the service, and what the service last said of it.
 
-The remote half of a Buffer. Kept fresh by the service's signals; knows no mapping, and of the descriptor only whom to
-ask for a duplicate.
+The remote half of a Buffer. Kept fresh by the service's signals, but for what is attached, of which they say only that
+it has changed; knows no mapping, and of the descriptor only whom to ask for a duplicate.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, Final
 
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client import contract
+from udmabufd_client.attachment import Attached
 from udmabufd_client.contract import State
 from udmabufd_client.errors import NoSuchBuffer
-from udmabufd_client.info import BufferInfo, state_of
+from udmabufd_client.info import AttachmentInfo, BufferInfo, state_of
 
 _INFO_OF_PROPERTY: Final = {"Size": "size", "Serial": "serial", "Allocator": "allocator", "Name": "name"}
 
@@ -29,7 +30,22 @@ class Share:
     is `lost`.
     """
 
-    __slots__ = ("__weakref__", "_again", "_heard", "duplicate", "info", "lost", "path", "released", "state", "ticket")
+    __slots__ = (
+        "__weakref__",
+        "_again",
+        "_heard",
+        "attachment_rows",
+        "attachments",
+        "changes",
+        "constraints",
+        "duplicate",
+        "info",
+        "lost",
+        "path",
+        "released",
+        "state",
+        "ticket",
+    )
 
     def __init__(self, path: str, info: BufferInfo, ticket: str = "") -> None:
         self.path = path
@@ -39,10 +55,21 @@ class Share:
         """The secret that stands for the buffer, where it is known."""
         self.duplicate: Callable[[], OwnedFd | None] = lambda: None
         """Returns a descriptor of the buffer, or None if there is none. Raises OSError."""
+        self.attachments: list[Attached] = []
+        """What this share has attached and is not ended."""
+        self.constraints: dict[str, Any] | None = None
+        self.attachment_rows: tuple[AttachmentInfo, ...] | None = None
+        """The buffer's merged constraints, and all that is attached to it; None while the service has not told."""
+        self.changes = 0
+        """How often what is attached has changed, as far as is known here."""
         self.released = False
         self.lost = False
         self._again: asyncio.Event | None = None
         self._heard: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        """The path, which can change: another service may know the buffer by another id."""
+        return self.path
 
     @property
     def id(self) -> str:
@@ -107,10 +134,17 @@ class Share:
         self._heard.update(properties)
         self._apply(properties)
 
+    def attachments_changed(self) -> None:
+        """What is attached has changed, and the service has not told into what."""
+        self.attachment_rows = None
+        self.changes += 1
+
     def _apply(self, properties: Mapping[str, Any]) -> None:
         if "State" in properties:
             said = properties["State"]
             self.state = State(said) if said in State.__members__.values() else said
+        self.constraints = properties.get("Constraints", self.constraints)
+        self.attachment_rows = properties.get("Attachments", self.attachment_rows)
         # In info a key without a value is absent; properties have 0 and "" there.
         known = {field: properties[name] or None for name, field in _INFO_OF_PROPERTY.items() if name in properties}
         self.info = dataclasses.replace(self.info, **known)
@@ -172,6 +206,11 @@ class Shares:
             share.told_properties(properties)
         if self._opening and properties and (path in self._early or len(self._early) < self.MAX_EARLY):
             self._early.setdefault(path, {}).update(properties)
+
+    def attachments_changed(self, path: str) -> None:
+        """What is attached to a buffer has changed. Of one that is still to come nothing of it is known anyway."""
+        for share in self.of(path):
+            share.attachments_changed()
 
     def awaits(self, path: str) -> bool:
         """Whether a signal about this buffer is of use."""

@@ -14,16 +14,42 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from udmabufd_base.fd import OwnedFd, close_all
+from udmabufd_client.attachment import Attached, AttachmentBase
 from udmabufd_client.buffer import BufferBase
 from udmabufd_client.info import Limits, ListedBuffer, RecoveredBuffer, Usage
+from udmabufd_client.interface import preload
+from udmabufd_client.inventory import AllocatorInfo, DeviceInfo, Verdict
 from udmabufd_client.loop_thread import LoopThread
 from udmabufd_client.memfd import HasFileno, borrowed, lend
 from udmabufd_client.service import Service
 from udmabufd_client.session import DEFAULT_TIMEOUT
 from udmabufd_client.share import Share
-from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_spec, marshal_wrap
+from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_attach, marshal_spec, marshal_wrap
 
 T = TypeVar("T")
+
+
+class Attachment(AttachmentBase):
+    """An attachment whose calls of the service block; `with` detaches at its end."""
+
+    def __init__(self, loop: LoopThread, service: Service, attached: Attached, client: Client | None = None) -> None:
+        super().__init__(attached)
+        self._loop = loop
+        self._service = service
+        # As with a Buffer.
+        self._client = client
+
+    def detach(self, *, timeout: float | None = None) -> None:
+        """End it: the buffer's memory need no longer suit the device. Harmless when repeated. Raises UdmabufError."""
+        self._loop.run(self._service.attachments.detach(self._attached, timeout))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
 
 
 class Buffer(BufferBase):
@@ -34,14 +60,43 @@ class Buffer(BufferBase):
         # A client that nobody else refers to lives as long as its buffers.
         self._client = client
 
-    def get_fd(self, *, timeout: float | None = None) -> int:
+    def get_fd(self, *, attachment: AttachmentBase | int | None = None, timeout: float | None = None) -> int:
         """Make sure that the buffer has its descriptor, and memory behind it; return it, borrowed.
 
-        Raises UdmabufError; ValueError when the buffer is closed.
+        `attachment`, of this buffer, says which device it is for: then the service is asked in any case, and refuses
+        when that attachment has ended (InvalidSpec). Raises UdmabufError; ValueError when the buffer is closed.
         """
-        if self._fd is None:
-            return self._install(self._client._run(self._service.get_fd(self._share, timeout), OwnedFd.close))
+        if self._fd is None or attachment is not None:
+            wanted = self._attachment(attachment)
+            return self._install(self._client._run(self._service.get_fd(self._share, wanted, timeout), OwnedFd.close))
         return self.fileno()
+
+    def attach(
+        self,
+        device: str,
+        constraints: Mapping[str, object] | None = None,
+        dynamic: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> Attachment:
+        """Say that `device` (a device node, sysfs path or subsystem:name) will touch the buffer.
+
+        Before there is memory nothing is allocated, and the answer comes at once. `constraints` are what the device
+        needs beside what the service knows of it, keys as in contract.CONSTRAINT_KEYS. Raises IncompatibleConstraints
+        and NoAllocator when no memory suits all that are attached, Busy when the memory that the buffer has does not,
+        NoSuchDevice, InvalidSpec; the buffer is as before then.
+        """
+        options = marshal_attach(constraints=constraints, dynamic=dynamic or None)
+        call = self._service.attach(self._share, check_text("device", device), options, timeout)
+        return self._own(self._client._run(call, self._service.attachments.unwanted))
+
+    @property
+    def own_attachments(self) -> tuple[Attachment, ...]:
+        """What this Buffer has attached and has not ended: by attach(), or by `devices` of its spec, in that order."""
+        return tuple(self._own(attached) for attached in tuple(self._share.attachments))
+
+    def _own(self, attached: Attached) -> Attachment:
+        return Attachment(self._client._loop, self._service, attached, self._client)
 
     def get_ticket(self, *, timeout: float | None = None) -> str:
         """Return the secret with which another process becomes a holder: see Client.import_ticket()."""
@@ -52,7 +107,9 @@ class Buffer(BufferBase):
         self._client._run(self._service.set_name(self._share, check_text("name", name), timeout))
 
     def refresh(self, *, timeout: float | None = None) -> None:
-        """Read the buffer's properties anew. Signals keep them fresh while this connection holds the buffer."""
+        """Read the buffer's properties anew: `attachments` above all, for signals keep all others fresh while this
+        connection holds the buffer. `attachments` stays None if they change again and again meanwhile.
+        """
         self._client._run(self._service.refresh(self._share, timeout))
 
     def release(self, *, timeout: float | None = None) -> None:
@@ -71,14 +128,19 @@ class Client:
     client that is still open when the interpreter ends is closed then.
 
     Restarts of the service and of the bus are survived within the time of the calls that meet one. Buffers are held as
-    before after the first, and imported again after the second; Buffer.lost tells of one that could not be. A call
-    that the service took and left unanswered is repeated where that is safe: all that only ask, get_fd(), set_name(),
-    and those that create buffers with a request_id. All others raise ServiceRestarted.
+    before after the first, and after the second imported again, with their attachments; Buffer.lost and
+    Attachment.ended tell of those that could not be. A call that the service took and left unanswered is repeated
+    where that is safe: all that only ask, get_fd(), set_name(), attach(), detach(), and those that create buffers with
+    a request_id. All others raise ServiceRestarted.
     """
 
-    def __init__(self, loop: LoopThread, service: Service) -> None:
+    def __init__(
+        self, loop: LoopThread, service: Service, on_detached: Callable[[Attachment], object] | None = None
+    ) -> None:
         self._loop = loop
         self._service = service
+        if on_detached is not None:
+            service.attachments.on_detached = lambda attached: on_detached(Attachment(loop, service, attached))
         self._end = weakref.finalize(self, loop.stop, service.abandon)
 
     @classmethod
@@ -89,19 +151,23 @@ class Client:
         timeout: float = DEFAULT_TIMEOUT,
         reconnect: bool = True,
         on_reconnect: Callable[[], object] | None = None,
+        on_detached: Callable[[Attachment], object] | None = None,
     ) -> Self:
         """Connect to `bus`: "system", "session" or a D-Bus address; `timeout`, in seconds, is each call's default.
 
         `client = Client.connect()` or `with Client.connect() as client`. Raises ServiceUnavailable.
 
         Without `reconnect` the loss of the bus is final. `on_reconnect` is called after each restart of the service or
-        of the bus, when every buffer is held again or `lost`; it runs on the client's own thread, on which the
-        client cannot be called: have it set an event.
+        of the bus, when every buffer is held again or `lost`; `on_detached` with each Attachment that ended because
+        its device is gone, or because it could not be had again after a restart: at times before the call that made
+        it has returned. They run on the client's own thread, on which the client cannot be called: have them set an
+        event.
         """
+        preload()
         loop = LoopThread("udmabufd-client")
         try:
             opening = Service.open(bus, timeout, reconnect=reconnect, on_reconnect=on_reconnect)
-            return cls(loop, loop.run(opening, Service.abandon))
+            return cls(loop, loop.run(opening, Service.abandon), on_detached)
         except BaseException:
             loop.stop(lambda: None)
             raise
@@ -147,16 +213,19 @@ class Client:
         ranges: Sequence[tuple[int, int, int]] | None = None,
         *,
         name: str | None = None,
+        constraints: Mapping[str, object] | None = None,
+        devices: Sequence[str] | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> Buffer:
         """Have memory of one's own exported as one dma-buf; Buffer.get_fd() then gets its descriptor.
 
         `memfds` are borrowed: wrappable_memfd() makes right ones. `ranges` are the buffer's parts in order, each
-        (index into memfds, offset, size in bytes); by default each memfd as a whole. Raises BadMemfd naming what a
-        memfd lacks, NotSupported where the kernel would show stale pages and only root may wrap; OSError, ValueError.
+        (index into memfds, offset, size in bytes); by default each memfd as a whole. `constraints` and `devices` as in
+        SpecKeys: the memory is as it is, and suits them or is refused. Raises BadMemfd naming what a memfd lacks,
+        NotSupported where the kernel would show stale pages and only root may wrap; OSError, ValueError.
         """
-        options = marshal_wrap(name=name, request_id=request_id)
+        options = marshal_wrap(name=name, constraints=constraints, devices=devices, request_id=request_id)
         fds, parts = lend(memfds, ranges)
         try:
             share = self._run(self._service.wrap(fds, parts, options, timeout), self._service.give_back)
@@ -188,14 +257,32 @@ class Client:
 
     def list_buffers(self, *, timeout: float | None = None) -> list[ListedBuffer]:
         """Return what the service says of the buffers of this user; root sees all."""
-        return self._run(self._service.list_buffers(timeout))
+        return self._run(self._service.reports.list_buffers(timeout))
+
+    def explain(
+        self, spec: Mapping[str, object] | None = None, /, *, timeout: float | None = None, **keys: Unpack[SpecKeys]
+    ) -> list[Verdict]:
+        """Return what each allocator says to a spec, in the order in which they are asked; allocates nothing.
+
+        The first that is `ok` would serve allocate(); the next one if it turns out to have run out of memory. Raises
+        IncompatibleConstraints, NoSuchDevice and InvalidSpec as allocate() does.
+        """
+        return self._run(self._service.reports.explain(marshal_spec(spec, keys), timeout))
+
+    def devices(self, *, timeout: float | None = None) -> list[DeviceInfo]:
+        """Return the devices of this machine that import dma-bufs, with what is known of each and from where."""
+        return self._run(self._service.reports.devices(timeout))
+
+    def allocators(self, *, timeout: float | None = None) -> list[AllocatorInfo]:
+        """Return the allocators in the order in which they are asked, with what each can do."""
+        return self._run(self._service.reports.allocators(timeout))
 
     def usage(self, *, interactive: bool = False, timeout: float | None = None) -> list[Usage]:
         """Return what each user and application holds. For root, and whom polkit allows: raises AccessDenied.
 
         `interactive` lets a polkit agent ask the user for a password meanwhile.
         """
-        return self._run(self._service.usage(interactive, timeout))
+        return self._run(self._service.reports.usage(interactive, timeout))
 
     def recover(
         self, discard: bool = False, *, interactive: bool = False, timeout: float | None = None
@@ -205,7 +292,7 @@ class Client:
         Return what became of each. For root, and whom polkit allows. Raises NotSupported when there is nothing to
         recover, AccessDenied; ServiceRestarted is to be followed by a look at list_buffers().
         """
-        return self._run(self._service.recover(discard, interactive, timeout))
+        return self._run(self._service.reports.recover(discard, interactive, timeout))
 
     def limits(self, *, timeout: float | None = None) -> Limits:
         """Return the limits that apply to this user."""
@@ -213,7 +300,7 @@ class Client:
 
     def properties(self, *, timeout: float | None = None) -> dict[str, Any]:
         """Return every property of the allocator by its D-Bus name: limits, counters, what is available."""
-        return self._run(self._service.properties(timeout))
+        return self._run(self._service.reports.properties(timeout))
 
     def wait_lost(self) -> None:
         """Return when the connection to the bus is lost for the first time, or closed.

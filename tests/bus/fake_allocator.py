@@ -104,9 +104,31 @@ class FakeAllocator:
         """Answer Allocate with a buffer of one page."""
         self.reply(header, "oha{sv}", buffer_path(buffer_id), 0, info(), fds=[page()])
 
-    def changed(self, destination: str, properties: dict[str, Variant], path: str = PATH) -> None:
-        """Tell one connection that properties of a buffer have changed."""
-        send_changed(self.connection, destination, properties, path)
+    def changed(
+        self,
+        destination: str,
+        properties: dict[str, Variant],
+        path: str = PATH,
+        *,
+        invalidated: Sequence[str] = (),
+    ) -> None:
+        """Tell one connection that properties of a buffer have changed, of `invalidated` ones not into what."""
+        send_changed(self.connection, destination, properties, path, invalidated=invalidated)
+
+    def attached(self, header: Header, number: int, **constraints: Variant) -> None:
+        """Answer Attach, and signal what has changed."""
+        self.reply(header, "ua{sv}", number, constraints)
+        self.changed(
+            header.sender,
+            {"Constraints": Variant("a{sv}", constraints)},
+            header.path,
+            invalidated=["Attachments"],
+        )
+
+    def detached(self, destination: str, number: int, reason: str, path: str = PATH) -> None:
+        """Tell one connection that an attachment of its own has ended."""
+        send_detached(self.connection, destination, number, reason, path)
+        self.changed(destination, {}, path, invalidated=["Attachments"])
 
     def _called(self, incoming: Incoming) -> None:
         header = incoming.header
@@ -117,7 +139,14 @@ class FakeAllocator:
             self.answers[header.member](incoming)
 
 
-def send_changed(connection: Connection, destination: str, properties: dict[str, Variant], path: str = PATH) -> None:
+def send_changed(
+    connection: Connection,
+    destination: str,
+    properties: dict[str, Variant],
+    path: str = PATH,
+    *,
+    invalidated: Sequence[str] = (),
+) -> None:
     """Send PropertiesChanged of a buffer, as anybody can."""
     connection.send(
         Message(
@@ -128,8 +157,41 @@ def send_changed(connection: Connection, destination: str, properties: dict[str,
             interface=PROPERTIES,
             member="PropertiesChanged",
             signature="sa{sv}as",
-            body=[BUFFER_INTERFACE, properties, []],
+            body=[BUFFER_INTERFACE, properties, list(invalidated)],
         )
+    )
+
+
+def send_detached(connection: Connection, destination: str, number: int, reason: str, path: str = PATH) -> None:
+    """Send Detached of a buffer, as anybody can."""
+    connection.send(
+        Message(
+            MessageType.SIGNAL,
+            flags=NO_REPLY_EXPECTED,
+            destination=destination,
+            path=path,
+            interface=BUFFER_INTERFACE,
+            member="Detached",
+            signature="us",
+            body=[number, reason],
+        )
+    )
+
+
+def attachments(*rows: tuple[int, str, bool]) -> Variant:
+    """Return the property Attachments with rows of number, device and whether it is the asking connection's."""
+    return Variant(
+        "aa{sv}",
+        [
+            {
+                "attachment": Variant("u", number),
+                "device": Variant("s", device),
+                "dynamic": Variant("b", False),
+                "pins": Variant("u", 0),
+                "own": Variant("b", own),
+            }
+            for number, device, own in rows
+        ],
     )
 
 

@@ -72,9 +72,10 @@ def environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": ":".join(sys.path), "TERM": "xterm"}
 
 
-async def begin(address: str, *verb: str, **streams: Any) -> Process:
+async def begin(address: str, *verb: str, columns: int | None = None, **streams: Any) -> Process:
     chosen = {"stdin": asyncio.subprocess.DEVNULL, "stdout": PIPE, "stderr": PIPE} | streams
-    return await asyncio.create_subprocess_exec(*words(address, *verb), env=environment(), **chosen)
+    env = environment() | ({} if columns is None else {"COLUMNS": str(columns)})
+    return await asyncio.create_subprocess_exec(*words(address, *verb), env=env, **chosen)
 
 
 @pytest.fixture

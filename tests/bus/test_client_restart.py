@@ -47,6 +47,11 @@ def answer_all(fake: FakeAllocator) -> FakeAllocator:
         "GetFd": lambda incoming: fake.reply(incoming.header, "ha{sv}", 0, info(), fds=[page()]),
         "GetTicket": lambda incoming: fake.reply(incoming.header, "s", TICKET),
         "SetName": lambda incoming: fake.reply(incoming.header),
+        "Attach": lambda incoming: fake.attached(incoming.header, 1),
+        "Detach": lambda incoming: fake.reply(incoming.header),
+        "Explain": lambda incoming: fake.reply(incoming.header, "aa{sv}", []),
+        "ListDevices": lambda incoming: fake.reply(incoming.header, "aa{sv}", []),
+        "ListAllocators": lambda incoming: fake.reply(incoming.header, "aa{sv}", []),
         "Release": lambda incoming: fake.reply(incoming.header),
     }
     return fake
@@ -99,6 +104,10 @@ async def stolen(buffer: Buffer) -> int:
     return await buffer.get_fd()
 
 
+async def detached(buffer: Buffer) -> None:
+    await (await buffer.attach("mem:null")).detach()
+
+
 async def closed(made: Awaitable[Any]) -> Any:
     """Await what a verb answers and close the buffers in it."""
     answer = await made
@@ -125,6 +134,11 @@ REPEATED: dict[str, Callable[[Client, Buffer], Awaitable[Any]]] = {
     "GetTicket": lambda client, buffer: buffer.get_ticket(),
     "GetFd": lambda client, buffer: stolen(buffer),
     "SetName": lambda client, buffer: buffer.set_name("again"),
+    "Attach": lambda client, buffer: buffer.attach("mem:null"),
+    "Detach": lambda client, buffer: detached(buffer),
+    "Explain": lambda client, buffer: client.explain(size=PAGE, devices=["mem:null"]),
+    "ListDevices": lambda client, buffer: client.devices(),
+    "ListAllocators": lambda client, buffer: client.allocators(),
     "Allocate": lambda client, buffer: client.allocate(size=PAGE, request_id=new_request_id()),
     "AllocateMany": lambda client, buffer: client.allocate_many(2, size=PAGE, request_id=new_request_id()),
     "CreateBuffer": lambda client, buffer: client.create(size=PAGE, request_id=new_request_id()),

@@ -7,15 +7,32 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from udmabufd_client.cli import main, make_parser
-from udmabufd_client.cli.alloc import parse_size
+from udmabufd_client.cli import explain, main, make_parser
 from udmabufd_client.cli.buffer_id import parse_buffer
+from udmabufd_client.cli.constraint import parse_constraint, parse_size
 from udmabufd_client.contract import BUFFER_PATH_PREFIX, SPEC_KEYS
+from udmabufd_client.spec import marshal_spec
 
-VERBS = ["alloc", "list", "top", "info", "release", "limits", "recover"]
+VERBS = [
+    "alloc",
+    "explain",
+    "list",
+    "top",
+    "info",
+    "verify",
+    "release",
+    "devices",
+    "allocators",
+    "limits",
+    "recover",
+]
+
+FLAGS = {"devices": "--device", "constraints": "--constraint"}
+"""Options that are given once for each."""
 
 
 def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -34,10 +51,15 @@ def test_the_verbs_are_those_of_the_manual() -> None:
         assert max(map(len, each.epilog.splitlines())) <= 78
 
 
-def test_every_key_of_spec_is_an_option_of_alloc() -> None:
-    options = verbs_of(make_parser())["alloc"]._option_string_actions
+@pytest.mark.parametrize(("verb", "without"), [("alloc", set()), ("explain", {"name", "request_id"})])
+def test_every_key_of_spec_is_an_option(verb: str, without: set[str]) -> None:
+    options = verbs_of(make_parser())[verb]._option_string_actions
     for key, known in SPEC_KEYS.items():
-        action = options["--" + key.replace("_", "-")]
+        flag = FLAGS.get(key, "--" + key.replace("_", "-"))
+        if key in without:
+            assert flag not in options
+            continue
+        action = options[flag]
         assert action.dest == key
         assert known.meaning in str(action.help)
 
@@ -79,6 +101,17 @@ def test_general_options_stand_on_either_side_of_the_verb() -> None:
         (["top", "--interval", "0.01"], "invalid number of seconds"),
         (["top", "--interval", "inf"], "invalid number of seconds"),
         (["top", "--sort", "colour"], "--sort"),
+        (["explain"], "say what is wanted"),
+        (["explain", "1920x1080"], "say what is wanted"),
+        (["explain", "--format", "NV12"], "say what is wanted"),
+        (["explain", "--format", "NV12", "1920"], "invalid picture size, WIDTHxHEIGHT"),
+        (["explain", "--format", "NV12", "--width", "3", "1920x1080"], "without --width"),
+        (["explain", "--size", "4K", "--constraint", "colour=1"], "no such constraint: 'colour'; there are address_"),
+        (["explain", "--size", "4K", "--constraint", "max_segments"], "max_segments needs a value"),
+        (["explain", "--size", "4K", "--constraint", "cache="], "cache needs a value"),
+        (["alloc", "--size", "4K", "--constraint", "alignment=big"], "alignment: invalid number: 'big'"),
+        (["alloc", "--size", "4K", "--constraint", "contiguous=1"], "contiguous stands alone"),
+        (["alloc", "--constraint", "contiguous=no", "--constraint", "contiguous"], "contiguous is given twice"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_what(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +127,42 @@ def test_wrong_usage_is_status_2_and_says_what(words: list[str], why: str, capsy
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "constraint"),
+    [
+        ("max_segments=8", ("max_segments", 8)),
+        ("max-segments=8", ("max_segments", 8)),
+        ("alignment=64K", ("alignment", 65536)),
+        ("contiguous", ("contiguous", True)),
+        ("contiguous=yes", ("contiguous", True)),
+        ("contiguous=no", ("contiguous", False)),
+        ("cache=write-combine,uncached", ("cache", ["write-combine", "uncached"])),
+        ("allocators=heap:*", ("allocators", ["heap:*"])),
+    ],
+)
+def test_constraints_as_they_are_typed(text: str, constraint: tuple[str, object]) -> None:
+    assert parse_constraint(text) == constraint
+    key, value = constraint
+    # What leaves is of the contract's type.
+    assert marshal_spec({"constraints": {key: value}}, {})["constraints"].value[key].value == value
+
+
+def test_what_is_typed_becomes_a_spec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["explain", "--device", "./node", "--device", "drm:card0", "--format", "NV12", "1920x1080"]
+    words += ["--constraint", "contiguous", "--constraint", "address-bits=32", "--cache-policy", "require"]
+    arguments = make_parser().parse_args(words)
+    assert explain.spec(arguments) == {
+        "width": 1920,
+        "height": 1080,
+        "format": "NV12",
+        "cache_policy": "require",
+        # The service does not know this directory, and is never given a path that depends on it.
+        "devices": [str(tmp_path / "node"), "drm:card0"],
+        "constraints": {"contiguous": True, "address_bits": 32},
+    }
 
 
 def test_a_buffer_is_named_by_id_or_path() -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from udmabufd_client.cli.constraint import constraints_text
 from udmabufd_client.cli.list_buffers import _COLUMNS
-from udmabufd_client.cli.text import bold, cut, human_size, pairs, paragraph, printable, table, width_of
+from udmabufd_client.cli.text import bold, cut, human_size, notes, pairs, paragraph, printable, table, width_of
 
 ROWS = [
     ("0123456789abcdef", "viewfinder picture", "backed", "dma-buf", "7.9 MiB", "1920x1080 XR24", "udmabuf", "2"),
@@ -79,6 +80,43 @@ def test_paragraphs_are_filled() -> None:
     assert paragraph("one two three", 4, 12) == ["    one two", "    three"]
     assert paragraph("one two three", 4, None) == ["    one two three"]
     assert cut("abcdef", 4) == "abc…"
+
+
+@pytest.mark.parametrize(
+    ("constraints", "text"),
+    [
+        ({}, "any"),
+        ({"alignment": 65536, "tail_padding": 1000}, "alignment 64 KiB; tail_padding 1000 B"),
+        (
+            {"address_bits": 32, "height_alignment": 16, "max_segments": 8},
+            "address_bits 32 bits; height_alignment 16 rows; max_segments 8",
+        ),
+        # The same demand twice is said once.
+        ({"max_segments": 1, "contiguous": True}, "contiguous"),
+        ({"cache": ["cached", "uncached"]}, "cache cached, uncached"),
+        ({"size_alignment": 3 << 20}, "size_alignment 3 MiB"),
+        ({"segment_boundary": 1 << 63}, "segment_boundary 8 EiB"),
+        ({"tail_padding": 0}, "tail_padding 0 B"),
+    ],
+)
+def test_constraints_for_people(constraints: dict[str, object], text: str) -> None:
+    assert constraints_text(constraints) == text
+
+
+def test_notes_are_filled_and_what_is_said_of_many_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = io.StringIO()
+    notes([("one", ["same"]), ("three", ["a\x1bb", "some words too many"]), ("two", ["same"])], stream)
+    assert stream.getvalue().splitlines() == [
+        "",
+        "one, two",
+        "    same",
+        "",
+        "three",
+        "    a\N{REPLACEMENT CHARACTER}b",
+        "    some words too",
+        "    many",
+    ]
 
 
 class Terminal(io.StringIO):

@@ -8,18 +8,29 @@ import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 import pytest
 
 import udmabufd_client
-from udmabufd_base.codec import Variant
+from udmabufd_base.codec import Variant, encode
+from udmabufd_base.message import Message, MessageType
 from udmabufd_client import aio, contract, errors, sync
 from udmabufd_client.contract import ALLOCATOR_INTERFACE, BUFFER_INTERFACE, ErrorName
-from udmabufd_client.info import BufferInfo, Limits, ListedBuffer, RecoveredBuffer, Usage, parse_properties
+from udmabufd_client.info import (
+    AttachmentInfo,
+    BufferInfo,
+    Limits,
+    ListedBuffer,
+    RecoveredBuffer,
+    Usage,
+    parse_properties,
+)
 from udmabufd_client.interface import interface
+from udmabufd_client.inventory import AllocatorInfo, DeviceInfo, Verdict
 from udmabufd_client.share import Share
-from udmabufd_client.spec import SpecKeys, check_count, marshal_spec
+from udmabufd_client.spec import SpecKeys, check_count, marshal_attach, marshal_spec, marshal_wrap
 
 
 @pytest.mark.parametrize("name", ErrorName)
@@ -77,7 +88,7 @@ def test_what_the_bus_says_is_typed_too_and_names_the_next_step(name: str, cls: 
 
 
 def test_the_keywords_are_the_keys_of_spec() -> None:
-    python = {"t": int, "u": int, "s": str}
+    python = {"t": int, "u": int, "s": str, "as": Sequence[str], "a{sv}": Mapping[str, object]}
     assert get_type_hints(SpecKeys) == {key: python[signature] for key, signature in contract.SPEC_TYPES.items()}
 
 
@@ -106,6 +117,84 @@ def test_the_rows_for_administrators_have_the_keys_of_the_contract() -> None:
     assert (kept.id, kept.as_dict()) == (None, {"inode": 9, "action": "kept"})
 
 
+def test_the_rows_of_devices_and_allocators_have_the_keys_of_the_contract() -> None:
+    python: dict[str, Any] = {
+        "t": int,
+        "u": int,
+        "s": str,
+        "b": bool,
+        "a{ss}": dict[str, str],
+        "a{sv}": dict[str, Any],
+    }
+    for cls, types, always in (
+        (Verdict, contract.VERDICT_TYPES, set(contract.VERDICT_TYPES)),
+        (AttachmentInfo, contract.ATTACHMENT_TYPES, set(contract.ATTACHMENT_TYPES)),
+        (DeviceInfo, contract.DEVICE_TYPES, {"device", "constraints", "sources"}),
+        (AllocatorInfo, contract.ALLOCATOR_TYPES, {"allocator", "sources"}),
+    ):
+        expected = {key: python[known] if key in always else python[known] | None for key, known in types.items()}
+        assert get_type_hints(cls) == expected
+
+
+def test_a_verdict_is_read_as_it_is_sent() -> None:
+    ok = Verdict.parse({"allocator": Variant("s", "udmabuf"), "ok": Variant("b", True)})
+    assert ok == Verdict(allocator="udmabuf", ok=True)
+    assert ok.as_dict() == {"allocator": "udmabuf", "ok": True}
+    texts = {key: Variant("s", f"the {key}") for key in ("allocator", "field", "device", "reason", "remedy")}
+    refused = Verdict.parse({**texts, "ok": Variant("b", False), "newer": Variant("u", 1)})
+    assert (refused.ok, refused.field, refused.remedy) == (False, "the field", "the remedy")
+    for lacking in ("allocator", "ok"):
+        with pytest.raises(errors.BadReply, match=f"Explain: a row has no {lacking}"):
+            Verdict.parse({key: value for key, value in {**texts, "ok": Variant("b", True)}.items() if key != lacking})
+    with pytest.raises(errors.BadReply, match="ok: .*type s"):
+        Verdict.parse({**texts, "ok": Variant("s", "yes")})
+
+
+def test_constraints_in_rows_are_plain_and_checked() -> None:
+    row = {
+        "device": Variant("s", "/dev/video0"),
+        "dma_mask_bits": Variant("u", 32),
+        "constraints": Variant("a{sv}", {"cache": Variant("as", ["cached"]), "alignment": Variant("t", 64)}),
+        "sources": Variant("a{ss}", {"alignment": "a page"}),
+    }
+    known = DeviceInfo.parse(row)
+    assert list(known.constraints.items()) == [("alignment", 64), ("cache", ["cached"])], "the contract's order"
+    assert (known.sources, known.driver) == ({"alignment": "a page"}, None)
+    assert list(known.as_dict()) == ["device", "dma_mask_bits", "constraints", "sources"]
+    with pytest.raises(errors.BadReply, match="alignment: .*type u"):
+        DeviceInfo.parse(row | {"constraints": Variant("a{sv}", {"alignment": Variant("u", 64)})})
+    with pytest.raises(errors.BadReply, match="constraints: .*type as"):
+        DeviceInfo.parse(row | {"constraints": Variant("as", [])})
+    with pytest.raises(errors.BadReply, match="ListDevices: a row has no device"):
+        DeviceInfo.parse({})
+    with pytest.raises(errors.BadReply, match="ListAllocators: a row has no allocator"):
+        AllocatorInfo.parse({"free": Variant("t", 1)})
+    assert AllocatorInfo.parse({"allocator": Variant("s", "memfd"), "free": Variant("t", 0)}).as_dict() == {
+        "allocator": "memfd",
+        "free": 0,
+    }
+
+
+def test_properties_of_a_buffer_are_typed_to_the_last_row() -> None:
+    row = {"attachment": Variant("u", 3), "device": Variant("s", "mem:null"), "own": Variant("b", True)}
+    told = parse_properties(
+        BUFFER_INTERFACE,
+        {
+            "Constraints": Variant("a{sv}", {"contiguous": Variant("b", True)}),
+            "Attachments": Variant("aa{sv}", [row]),
+        },
+    )
+    assert told == {
+        "Constraints": {"contiguous": True},
+        "Attachments": (AttachmentInfo(attachment=3, device="mem:null", own=True),),
+    }
+    assert told["Attachments"][0].number == 3
+    with pytest.raises(errors.BadReply, match="no attachment"):
+        parse_properties(BUFFER_INTERFACE, {"Attachments": Variant("aa{sv}", [{}])})
+    with pytest.raises(errors.BadReply, match="pins"):
+        parse_properties(BUFFER_INTERFACE, {"Attachments": Variant("aa{sv}", [{**row, "pins": Variant("t", 1)}])})
+
+
 def test_every_limit_of_the_interface_is_a_field() -> None:
     names = [name for name in interface(ALLOCATOR_INTERFACE).properties if name.startswith(("Max", "CallWindow"))]
     limits = Limits.from_properties({name: number for number, name in enumerate(names)})
@@ -122,7 +211,8 @@ def test_the_xml_is_read_as_it_is_written() -> None:
 
 
 def test_both_clients_have_the_same_verbs() -> None:
-    for one, other in ((aio.Client, sync.Client), (aio.Buffer, sync.Buffer)):
+    pairs = (aio.Client, sync.Client), (aio.Buffer, sync.Buffer), (aio.Attachment, sync.Attachment)
+    for one, other in pairs:
         verbs = {name for name in dir(one) if not name.startswith("_")}
         assert verbs == {name for name in dir(other) if not name.startswith("_")}
         for name in verbs:
@@ -145,6 +235,19 @@ def test_both_clients_have_the_same_verbs() -> None:
         ({"format": b"XR24"}, "format", "string, not bytes"),
         ({"name": "a\0b"}, "name", "character"),
         ({"name": "\udcff"}, "name", "character"),
+        ({"devices": "/dev/video0"}, "devices", "list of strings, not str"),
+        ({"devices": 5}, "devices", "list of strings, not int"),
+        ({"devices": ["mem:null", 5]}, r"devices\[1\]", "string, not int"),
+        ({"devices": ["a\0b"]}, r"devices\[0\]", "character"),
+        ({"constraints": [("alignment", 4)]}, "constraints", "mapping of keys to values, not list"),
+        ({"constraints": {"colour": 1}}, "constraints.colour", "no such key; there are address_bits, alignment"),
+        ({"constraints": {"alignment": "64"}}, "constraints.alignment", "integer of 64 bits, not str"),
+        ({"constraints": {"alignment": -1}}, "constraints.alignment", "outside"),
+        ({"constraints": {"max_segments": 1 << 32}}, "constraints.max_segments", "outside"),
+        ({"constraints": {"contiguous": 1}}, "constraints.contiguous", "bool, not int"),
+        ({"constraints": {"cache": "cached"}}, "constraints.cache", "list of strings, not str"),
+        ({"constraints": {"allocators": [3]}}, r"constraints.allocators\[0\]", "string, not int"),
+        ({"constraints": {1: 2}}, "constraints.1", "no such key"),
     ],
 )
 def test_a_bad_spec_is_refused_before_it_is_sent_and_names_the_key(spec: dict[str, Any], key: str, why: str) -> None:
@@ -167,6 +270,31 @@ def test_a_good_spec_gets_its_types() -> None:
     assert type(marshalled["kind"].value) is str
     with pytest.raises(errors.InvalidSpec, match="size: given twice"):
         marshal_spec({"size": 1}, {"size": 1})
+    given: dict[str, Any] = {"alignment": FromNumpy(), "max_segments": 1, "contiguous": True, "address_bits": None}
+    heaps = [f"heap:h{number}" for number in range(8)]
+    given |= {"cache": (contract.Cache.WRITE_COMBINE, "cached"), "allocators": set(heaps)}
+    for constraints in (
+        marshal_spec({"constraints": given}, {})["constraints"],
+        marshal_attach(constraints=given, dynamic=None)["constraints"],
+        marshal_wrap(constraints=given, devices=None)["constraints"],
+    ):
+        assert constraints.signature == "a{sv}"
+        assert {key: (value.signature, value.value) for key, value in constraints.value.items()} == {
+            "alignment": ("t", 640),
+            "max_segments": ("u", 1),
+            "contiguous": ("b", True),
+            "cache": ("as", ["write-combine", "cached"]),
+            # A set has no order of its own: the same request is the same message.
+            "allocators": ("as", heaps),
+        }
+        assert {type(item) for item in constraints.value["cache"].value} == {str}
+    devices = marshal_spec({"devices": ("/dev/video0", "mem:null")}, {})["devices"]
+    assert (devices.signature, devices.value) == ("as", ["/dev/video0", "mem:null"])
+    assert marshal_attach(dynamic=True)["dynamic"].signature == "b"
+    # Whole, as it travels.
+    message = Message(MessageType.METHOD_CALL, path="/", member="M", signature="a{sv}")
+    message.body = [marshal_spec({"constraints": given, "devices": []}, {})]
+    assert encode(message)
     with pytest.raises(errors.InvalidSpec, match="^count"):
         check_count("4")
 

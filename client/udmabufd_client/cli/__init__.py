@@ -14,7 +14,19 @@ import textwrap
 from collections.abc import Sequence
 from typing import Final
 
-from udmabufd_client.cli import alloc, info, limits, list_buffers, recover, release, top
+from udmabufd_client.cli import (
+    alloc,
+    allocators,
+    devices,
+    explain,
+    info,
+    limits,
+    list_buffers,
+    recover,
+    release,
+    top,
+    verify,
+)
 from udmabufd_client.cli.streams import open_closed_streams
 from udmabufd_client.cli.text import printable
 from udmabufd_client.errors import UdmabufError
@@ -22,6 +34,21 @@ from udmabufd_client.errors import UdmabufError
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+_VERBS: Final = (
+    alloc,
+    explain,
+    list_buffers,
+    top,
+    info,
+    verify,
+    release,
+    devices,
+    allocators,
+    limits,
+    recover,
+)
+"""In the order of --help: what one asks for, what there is, what the machine has."""
 
 _LONGEST_TIMEOUT: Final = 86_400
 """Seconds, a day. Sockets and event loops fail on what does not fit into the kernel's clocks."""
@@ -40,6 +67,8 @@ examples:
       run a program with the buffer's file descriptor
   udmabufctl alloc --size 64K --background
       keep a buffer; 'udmabufctl release ID' ends it
+  udmabufctl explain --device /dev/video0 --format NV12 1920x1080
+      where memory that suits a device would come from
   udmabufctl list --json
       all buffers of this user, exact figures
   sudo udmabufctl top
@@ -80,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_global_options(parser, top=True)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
-    for module in (alloc, list_buffers, top, info, release, limits, recover):
+    for module in _VERBS:
         verb = verbs.add_parser(
             module.VERB,
             help=module.SUMMARY,

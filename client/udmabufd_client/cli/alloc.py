@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from typing import Any, TextIO
 
-from udmabufd_client.cli.show import show
-from udmabufd_client.contract import SPEC_KEYS, Cache, CachePolicy, Kind
+from udmabufd_client.cli.constraint import parse_size as parse_size
+from udmabufd_client.cli.show import described, show
+from udmabufd_client.cli.wanted import add_wanted, spec_of
 
 VERB = "alloc"
 SUMMARY = "allocate a buffer, show it, and run a command with it or hold it"
@@ -30,29 +30,17 @@ running a command:
 
 examples:
   udmabufctl alloc --width 640 --height 480 --format NV12
+  udmabufctl alloc --size 8M --device /dev/video0 --device /dev/dri/card0
+  udmabufctl alloc --size 2M --constraint contiguous --hold
   udmabufctl alloc --size 1M -- sh -c 'ls -l /proc/self/fd/$UDMABUF_FD'
   udmabufctl alloc --size 1M --kind memfd -- ./program --fd {}
   udmabufctl alloc --size 1M --background --json
 """
 
-_SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options: the keys of `spec`, and what becomes of the buffer."""
-    wanted = parser.add_argument_group("what is wanted")
-    wanted.add_argument(
-        "--size", type=parse_size, metavar="BYTES", help=_help("size") + " Suffixes K, M, G, T: 1024s."
-    )
-    wanted.add_argument("--width", type=int, metavar="PIXELS", help=_help("width"))
-    wanted.add_argument("--height", type=int, metavar="PIXELS", help=_help("height"))
-    wanted.add_argument("--format", metavar="FOURCC", help=_help("format"))
-    wanted.add_argument("--name", help=_help("name"))
-    wanted.add_argument("--kind", choices=[*map(str, Kind)], help=_help("kind"))
-    wanted.add_argument("--cache", choices=[*map(str, Cache)], help=_help("cache"))
-    wanted.add_argument("--cache-policy", choices=[*map(str, CachePolicy)], help=_help("cache_policy"))
-    wanted.add_argument("--allocator", help=_help("allocator"))
-    wanted.add_argument("--request-id", metavar="ID", help=_help("request_id"))
+    add_wanted(parser.add_argument_group("what is wanted"))
     end = parser.add_argument_group("when it ends").add_mutually_exclusive_group()
     end.add_argument(
         "--hold", action="store_true", help="hold the buffer until Ctrl-C, SIGTERM or 'udmabufctl release ID'"
@@ -69,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Allocate as the arguments say; return the exit status."""
-    spec = {key: value for key in SPEC_KEYS if (value := getattr(arguments, key)) is not None}
+    spec = spec_of(arguments)
     if arguments.hold or arguments.background:
         from udmabufd_client.cli import hold
 
@@ -85,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.command is not None:
             from udmabufd_client.cli import command
 
-            report(arguments, {"id": buffer.id, "buffer": buffer.path, **buffer.info.as_dict()}, sys.stderr)
+            report(arguments, described(buffer), sys.stderr)
             return command.run_with(buffer, arguments.command)
-        report(arguments, {"id": buffer.id, "buffer": buffer.path, **buffer.info.as_dict()}, sys.stdout)
+        report(arguments, described(buffer), sys.stdout)
     if not arguments.json:
         print("The buffer ended with this command; keep one with -- COMMAND, --hold or --background.", file=sys.stderr)
     return 0
@@ -97,21 +85,3 @@ def report(arguments: argparse.Namespace, shown: dict[str, Any], stream: TextIO)
     """Show what was obtained, at once: what follows may take long."""
     show(shown, json_wanted=arguments.json, stream=stream)
     stream.flush()
-
-
-def parse_size(text: str) -> int:
-    """Return "4096", "64K" or "8MiB" as bytes. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
-    if match is None:
-        raise ValueError(text)
-    return int(match[1]) << _SUFFIXES[match[2].upper()]
-
-
-parse_size.__name__ = "size"
-"""argparse names the type in its message."""
-
-
-def _help(key: str) -> str:
-    meaning = SPEC_KEYS[key].meaning
-    assert "%" not in meaning  # argparse would take it for a format
-    return meaning

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Hold a buffer until somebody ends it, in the foreground or as a process of its own; and ask such a holder to end.
+"""Hold a buffer until somebody ends it, in the foreground or as a process of its own; and ask such a holder to end,
+for its buffer's ticket, or what is attached to it.
 
 A holder listens on an abstract Unix socket that is named after its buffer: nothing to clean up, no file to forge, no
 pid that could be somebody else's by now. Each end looks at the other's user as the kernel gives it.
@@ -11,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -20,9 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from udmabufd_client.aio import Buffer, Client
+from udmabufd_client.aio import Attachment, Buffer, Client
 from udmabufd_client.cli.alloc import report
+from udmabufd_client.cli.show import described
 from udmabufd_client.cli.signals import heeded
+from udmabufd_client.cli.text import printable
 from udmabufd_client.errors import (
     AccessDenied,
     CallTimedOut,
@@ -34,8 +38,12 @@ from udmabufd_client.errors import (
 
 _REQUEST: Final = b"release\n"
 _RELEASED: Final = b"released\n"
+_TICKET_REQUEST: Final = b"ticket\n"
+_TICKET: Final = re.compile(rb"ticket ([0-9a-f]{32})\n")
+_DEMANDS_REQUEST: Final = b"demands\n"
 _LONGEST: Final = 512
-"""Bytes of the longest answer that is read."""
+_LONGEST_DEMANDS: Final = 256 << 10
+"""Bytes of the longest answers that are read: 64 attachments take some 100 KiB, at 256 characters for each device."""
 
 
 def in_foreground(arguments: argparse.Namespace, spec: Mapping[str, object]) -> int:
@@ -80,16 +88,50 @@ def ask_holder(buffer_id: str, timeout: float) -> None:
 
     Raises NoSuchBuffer when there is no holder, AccessDenied, CallTimedOut, RemoteFailure with the holder's reason.
     """
+    answer = _ask(buffer_id, _REQUEST, timeout)
+    if answer != _RELEASED:
+        raise RemoteFailure(f"The holder of {buffer_id} did not release it: {_reason(answer)}.")
+
+
+def ask_ticket(buffer_id: str, timeout: float) -> str:
+    """Return the ticket of the buffer that a holder has, with which this user can take a share of it.
+
+    Raises as ask_holder() does.
+    """
+    answer = _ask(buffer_id, _TICKET_REQUEST, timeout)
+    told = _TICKET.fullmatch(answer)
+    if told is None:
+        raise RemoteFailure(f"The holder of {buffer_id} gave no ticket of it: {_reason(answer)}.")
+    return told[1].decode()
+
+
+def ask_demands(buffer_id: str, timeout: float) -> dict[str, Any]:
+    """Return `constraints` and `attachments` of the buffer that a holder has, as far as there are any.
+
+    Raises as ask_holder() does; AccessDenied for root, too, where the holder is another user's: that could tell tales.
+    """
+    answer = _ask(buffer_id, _DEMANDS_REQUEST, timeout, longest=_LONGEST_DEMANDS, root_too=False)
+    try:
+        told = json.loads(answer)
+        return {key: told[key] for key in ("constraints", "attachments") if key in told}
+    except (ValueError, TypeError) as error:
+        raise RemoteFailure(f"The holder of {buffer_id} told nothing of it: {_reason(answer)}.") from error
+
+
+def _ask(buffer_id: str, request: bytes, timeout: float, *, longest: int = _LONGEST, root_too: bool = True) -> bytes:
+    """Send a line to the holder of a buffer and return the line that it answers, or what came of it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout)
         try:
             sock.connect(_socket_name(buffer_id))
             uid = _peer_uid(sock)
-            if os.geteuid() not in (0, uid):
-                raise AccessDenied(f"Buffer {buffer_id} is held by another user's udmabufctl; only root may end it.")
-            sock.sendall(_REQUEST)
+            if os.geteuid() != uid and not (root_too and os.geteuid() == 0):
+                raise AccessDenied(
+                    f"Buffer {buffer_id} is held by another user's udmabufctl, which obeys that user and root alone."
+                )
+            sock.sendall(request)
             answer = b""
-            while not answer.endswith(b"\n") and len(answer) < _LONGEST and (more := sock.recv(_LONGEST)):
+            while not answer.endswith(b"\n") and len(answer) < longest and (more := sock.recv(longest)):
                 answer += more
         except TimeoutError as error:
             raise CallTimedOut(f"The holder of {buffer_id} did not answer within {timeout:g} s.") from error
@@ -100,9 +142,11 @@ def ask_holder(buffer_id: str, timeout: float) -> None:
             ) from error
         except ConnectionError as error:
             raise RemoteFailure(f"The holder of {buffer_id} ended without an answer ({error}).") from error
-    if answer != _RELEASED:
-        reason = answer.decode(errors="replace").strip() or "it ended without an answer"
-        raise RemoteFailure(f"The holder of {buffer_id} did not release it: {reason}.")
+    return answer
+
+
+def _reason(answer: bytes) -> str:
+    return answer.decode(errors="replace").strip() or "it ended without an answer"
 
 
 def _be_the_holder(arguments: argparse.Namespace, spec: Mapping[str, object], writing: int) -> None:
@@ -154,17 +198,23 @@ async def _hold(
         if any(buffer.lost for buffer in held):
             end.set()
 
+    def say(attachment: Attachment) -> None:
+        """A device is gone: the memory stays, and whoever looks at this terminal may want to know."""
+        print(
+            f"udmabufctl: {attachment.device} is detached: {printable(attachment.reason)}", file=sys.stderr, flush=True
+        )
+
     loop = asyncio.get_running_loop()
     for number in heeded():
         loop.add_signal_handler(number, end.set)
-    async with Client.connect(arguments.bus, timeout=arguments.timeout, on_reconnect=look) as client:
+    async with Client.connect(arguments.bus, timeout=arguments.timeout, on_reconnect=look, on_detached=say) as client:
         with await client.allocate(spec) as buffer:
             held.append(buffer)
             server = await asyncio.start_unix_server(
                 lambda reader, writer: _serve(reader, writer, buffer, end), _socket_name(buffer.id), limit=_LONGEST
             )
             try:
-                tell({"id": buffer.id, "buffer": buffer.path, "pid": os.getpid(), **buffer.info.as_dict()})
+                tell({"id": buffer.id, "buffer": buffer.path, "pid": os.getpid(), **described(buffer)})
                 await end.wait()
                 if buffer.lost and not buffer.released:
                     raise ServiceUnavailable(
@@ -177,15 +227,19 @@ async def _hold(
 async def _serve(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, buffer: Buffer, end: asyncio.Event
 ) -> None:
-    """Answer one connection: release the buffer for our own user and root."""
+    """Answer one connection: release the buffer, or tell of it, for our own user and root."""
     try:
         if _peer_uid(writer.get_extra_info("socket")) not in (0, os.geteuid()):
             return
         with suppress(TimeoutError, ValueError):
             async with asyncio.timeout(5):
-                if await reader.readline() != _REQUEST:
-                    return
-                await _release(writer, buffer, end)
+                request = await reader.readline()
+                if request == _REQUEST:
+                    await _release(writer, buffer, end)
+                elif request == _TICKET_REQUEST:
+                    await _tell_ticket(writer, buffer)
+                elif request == _DEMANDS_REQUEST:
+                    await _tell_demands(writer, buffer)
     except ConnectionError:
         pass
     finally:
@@ -201,6 +255,23 @@ async def _release(writer: asyncio.StreamWriter, buffer: Buffer, end: asyncio.Ev
     await writer.drain()
     if buffer.released:
         end.set()
+
+
+async def _tell_ticket(writer: asyncio.StreamWriter, buffer: Buffer) -> None:
+    try:
+        writer.write(f"ticket {await buffer.get_ticket()}\n".encode())
+    except UdmabufError as error:
+        writer.write(f"{error}\n".encode())
+    await writer.drain()
+
+
+async def _tell_demands(writer: asyncio.StreamWriter, buffer: Buffer) -> None:
+    try:
+        await buffer.refresh()
+        writer.write(f"{json.dumps(described(buffer))}\n".encode())
+    except UdmabufError as error:
+        writer.write(f"{error}\n".encode())
+    await writer.drain()
 
 
 def _socket_name(buffer_id: str) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from udmabufd_client.cli.constraint import constraints_text
 from udmabufd_client.cli.text import human_size, pairs, width_of, write
+
+if TYPE_CHECKING:
+    from udmabufd_client.buffer import BufferBase
 
 _SIZES = ("size", "size_requested", "charged")
 
@@ -15,6 +19,16 @@ _SIZES = ("size", "size_requested", "charged")
 def as_json(value: Any) -> str:
     """Return `value` as the text that --json prints."""
     return json.dumps(value, indent=2)
+
+
+def described(buffer: BufferBase) -> dict[str, Any]:
+    """Return what is known of a buffer that this process holds, by key; constraints and attachments if it has any."""
+    known: dict[str, Any] = {"id": buffer.id, "buffer": buffer.path, **buffer.info.as_dict()}
+    if buffer.constraints:
+        known["constraints"] = dict(buffer.constraints)
+    if buffer.attachments:
+        known["attachments"] = [row.as_dict() for row in buffer.attachments]
+    return known
 
 
 def show(shown: Mapping[str, Any], *, json_wanted: bool, stream: TextIO) -> None:
@@ -37,8 +51,18 @@ def _value(key: str, value: Any) -> str:
         return f"{value} ({human_size(value)})"
     if key == "modifier":
         return f"{value:#018x}{' (LINEAR)' if value == 0 else ''}"
+    if isinstance(value, Mapping):
+        return constraints_text(value)
+    if key == "attachments":
+        return ", ".join(_attachment(row) for row in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
     return str(value)
+
+
+def _attachment(row: Mapping[str, Any]) -> str:
+    """Return an attachment in a few words."""
+    pinned = f", {row['pins']} pins" if row.get("pins") else ""
+    return f"{row['attachment']}: {row.get('device', '?')}{' (dynamic)' if row.get('dynamic') else ''}{pinned}"

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Final, TextIO
 
 _GAP: Final = "  "
+_NOTE: Final = 4
+"""Columns by which a note is indented under its title."""
+
 _LEAST: Final = 10
 """Letters below which a column is left out rather than cut further."""
 
@@ -105,6 +108,21 @@ def paragraph(text: str, indent: int, width: int | None) -> list[str]:
     if width is None:
         return [space + text]
     return textwrap.wrap(text, max(width, indent + 1), initial_indent=space, subsequent_indent=space)
+
+
+def notes(items: Sequence[tuple[str, Sequence[str]]], stream: TextIO) -> None:
+    """Print each title with its paragraphs beneath; those of whom the same is said have one heading."""
+    width = width_of(stream)
+    titles: dict[tuple[str, ...], list[str]] = {}
+    for title, texts in items:
+        titles.setdefault(tuple(texts), []).append(title)
+    for said, group in titles.items():
+        print(file=stream)
+        for line in paragraph(printable(", ".join(group)), 0, width):
+            print(bold(line, stream), file=stream)
+        for text in said:
+            for line in paragraph(printable(text), _NOTE, width):
+                print(line, file=stream)
 
 
 def cut(text: str, width: int | None) -> str:
