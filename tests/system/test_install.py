@@ -20,13 +20,18 @@ pytestmark = pytest.mark.host
 
 PYTHON = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else sys.executable
 
+DATABASE = {f"/usr/lib/udmabufd/devices.d/{path.name}" for path in (TOP / "systemd/constraints").glob("*.toml")}
+"""Where the daemon looks for it, whatever the prefix."""
+
 SERVICE_FILES = {
     "/usr": {
+        *DATABASE,
         "/usr/bin/udmabufctl",
         "/usr/lib/systemd/catalog/udmabufd.catalog",
         "/usr/lib/systemd/system/udmabufd.service",
         "/usr/lib/systemd/system/udmabufd.slice",
         "/usr/lib/sysusers.d/udmabufd.conf",
+        "/usr/lib/udev/rules.d/00-udmabufd-heaps.rules",
         "/usr/lib/udev/rules.d/51-udmabufd.rules",
         "/usr/lib/udmabufd/udmabufd",
         "/usr/lib/udmabufd/udmabufd.toml",
@@ -37,15 +42,18 @@ SERVICE_FILES = {
         "/usr/share/dbus-1/system.d/org.udmabufd.Allocator1.conf",
         "/usr/share/man/man1/udmabufctl.1",
         "/usr/share/man/man5/org.udmabufd.Allocator1.5",
+        "/usr/share/man/man5/udmabufd.devices.5",
         "/usr/share/man/man5/udmabufd.toml.5",
         "/usr/share/man/man8/udmabufd.8",
         "/usr/share/polkit-1/actions/org.udmabufd.policy",
     },
     "/opt/dma": {
+        *DATABASE,
         "/etc/dbus-1/system.d/org.udmabufd.Allocator1.conf",
         "/etc/systemd/system/udmabufd.service",
         "/etc/systemd/system/udmabufd.slice",
         "/etc/sysusers.d/udmabufd.conf",
+        "/etc/udev/rules.d/00-udmabufd-heaps.rules",
         "/etc/udev/rules.d/51-udmabufd.rules",
         "/opt/dma/bin/udmabufctl",
         "/opt/dma/lib/udmabufd/udmabufd",
@@ -55,6 +63,7 @@ SERVICE_FILES = {
         "/opt/dma/share/dbus-1/interfaces/org.udmabufd.Buffer1.xml",
         "/opt/dma/share/man/man1/udmabufctl.1",
         "/opt/dma/share/man/man5/org.udmabufd.Allocator1.5",
+        "/opt/dma/share/man/man5/udmabufd.devices.5",
         "/opt/dma/share/man/man5/udmabufd.toml.5",
         "/opt/dma/share/man/man8/udmabufd.8",
         "/usr/lib/systemd/catalog/udmabufd.catalog",
@@ -100,6 +109,7 @@ def tree(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("prefix", SERVICE_FILES)
 def test_what_is_installed_works_and_is_removed_again(source: Path, tmp_path: Path, prefix: str) -> None:
+    assert DATABASE
     # Some of it is there before, and some of that is nobody's to remove.
     destdir = tmp_path / "root"
     other = destdir / prefix.lstrip("/") / "lib/other/file"

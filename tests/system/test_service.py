@@ -155,12 +155,15 @@ async def test_a_late_device_is_served_inside_the_sandbox() -> None:
             assert await peer.get("UdmabufAvailable") is False
             _, _, info = await peer.allocate(size=4096, kind="memfd")
             assert info["allocator"] == "memfd"
+            # Another allocator steps in; who wants this one is told.
+            _, _, info = await peer.allocate(size=4096)
+            assert info["allocator"] == "heap:system"
             with pytest.raises(RemoteError) as caught:
-                await peer.allocate(size=4096)
+                await peer.allocate(size=4096, allocator="udmabuf")
             assert caught.value.name == f"{ERROR_PREFIX}UdmabufUnavailable"
             assert "memfd" in show("StatusText")
 
-            assert await peer.get("Allocators") == ["memfd"]
+            assert await peer.get("Allocators") == ["heap:system", "memfd"]
             await peer.connection.add_match(f"type='signal',path='{OBJECT_PATH}',member='PropertiesChanged'")
             pid = show("MainPID")
 

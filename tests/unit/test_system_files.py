@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.unit.tools import TOP, needed
+from tests.unit.tools import TOP, drop_in, needed
 from udmabufd.config import OPTIONS
 from udmabufd.system.store_capacity import SPARE_FDS, check_capacity, stored_fds
 from udmabufd_client import contract
@@ -20,6 +20,7 @@ from udmabufd_client import contract
 SYSTEMD = TOP / "systemd"
 UNIT = SYSTEMD / "udmabufd.service.in"
 SLICE = SYSTEMD / "udmabufd.slice"
+HEAP_RULES = SYSTEMD / "00-udmabufd-heaps.rules"
 POLICY = SYSTEMD / "dbus/org.udmabufd.Allocator1.conf"
 
 EXPOSURE_LIMIT = 14
@@ -71,6 +72,19 @@ def test_the_units_exposure(unit: Path) -> None:
     assert subprocess.run([*command[:-1], "--threshold=0", unit], capture_output=True, check=False).returncode == 1
 
 
+def test_the_drop_in_for_cards(unit: Path) -> None:
+    with_cards = drop_in(UNIT, "[Unit]")
+    assert keys(with_cards) == {"DeviceAllow": ["char-drm rw"], "SupplementaryGroups": ["video"]}
+    # The manual page has the same one.
+    in_page = drop_in(SYSTEMD / "man/udmabufd.8.md", "[Unit]")
+    assert keys(in_page) == keys(with_cards)
+    assert keys(in_page, "[Unit]") == keys(with_cards, "[Unit]")
+    # Without PID 1 no drop-in is read: the unit file itself may have a section twice.
+    unit.write_text(f"{unit.read_text()}\n{with_cards}")
+    test_systemd_finds_no_fault_in_the_unit(unit)
+    test_the_units_exposure(unit)
+
+
 def test_settings_of_the_unit_are_sorted() -> None:
     found = list(keys(UNIT.read_text()))
     assert found == sorted(found, key=str.casefold)
@@ -84,9 +98,10 @@ def test_the_unit_can_serve_what_the_configuration_allows() -> None:
     assert settings["FileDescriptorStoreMax"] == [str(stored_fds(max_buffers))]
     assert settings["LimitNOFILE"] == [str(stored_fds(max_buffers) + SPARE_FDS)]
     check_capacity(max_buffers, {"FDSTORE": settings["FileDescriptorStoreMax"][0]}, int(settings["LimitNOFILE"][0]))
-    # /proc/meminfo and /proc/cmdline, /dev/udmabuf, udev's events.
+    # /proc/meminfo, /proc/zoneinfo and /proc/cmdline, /dev/udmabuf, heaps, udev's events.
     assert "ProcSubset" not in settings
-    assert settings["DeviceAllow"] == ["char-misc r"]
+    # The ioctls of both need no more than to read; cards are for a drop-in.
+    assert settings["DeviceAllow"] == ["char-dma_heap r", "char-misc r"]
     assert settings["DevicePolicy"] == ["closed"]
     assert not {"PrivateDevices", "PrivateNetwork", "PrivateUsers"} & settings.keys()
     assert settings["RestrictAddressFamilies"] == ["AF_UNIX AF_NETLINK"]
@@ -120,6 +135,9 @@ def test_names_agree() -> None:
     assert [fields[:2] for fields in sysusers] == [["u", user], ["g", settings["SupplementaryGroups"][0]]]
     rule = [line for line in (SYSTEMD / "51-udmabufd.rules").read_text().splitlines() if line[:1] != "#"]
     assert rule == [f'SUBSYSTEM=="misc", KERNEL=="udmabuf", GROUP="{settings["SupplementaryGroups"][0]}", MODE="0660"']
+    # A user that sysusers makes has a group of the same name. No mode: a later rule that names a group keeps udev's.
+    heaps = [line for line in HEAP_RULES.read_text().splitlines() if line[:1] != "#"]
+    assert heaps == [f'SUBSYSTEM=="dma_heap", GROUP="{user}"']
     assert ElementTree.parse(POLICY).find(f"policy[@user='{user}']/allow[@own='{contract.BUS_NAME}']") is not None
     activation = configparser.ConfigParser(interpolation=None)
     activation.optionxform = str  # type: ignore[assignment,method-assign]

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,15 +17,17 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.unit.tools import TOP, needed
+from udmabufd import database
 from udmabufd.__main__ import make_parser as daemon_parser
 from udmabufd.config import OPTIONS
+from udmabufd.core.device import Device
 from udmabufd.core.events import FIELDS, Event
 from udmabufd.system import journal
 from udmabufd_client import contract
 from udmabufd_client.cli import make_parser as ctl_parser
 
 GENERATE = TOP / "systemd/man/generate.py"
-PAGES = ("org.udmabufd.Allocator1.5", "udmabufctl.1", "udmabufd.8", "udmabufd.toml.5")
+PAGES = ("org.udmabufd.Allocator1.5", "udmabufctl.1", "udmabufd.8", "udmabufd.devices.5", "udmabufd.toml.5")
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +118,38 @@ def test_each_key_of_the_configuration_is_in_the_page(pages: Path) -> None:
             assert f"{option.unit}, {option.minimum} to {option.maximum}." in shown
 
 
+def test_the_format_of_the_database_is_in_the_page(pages: Path) -> None:
+    shown = text(pages / "udmabufd.devices.5")
+    for key in (*database.ENTRY_KEYS, *database.MATCH_KEYS, *database.DUMB_KEYS):
+        assert re.search(rf"(?<![\w-]){key}(?![\w-])", shown), key
+    for name, described in contract.CONSTRAINT_KEYS.items():
+        assert f"{name} {described.type} {described.meaning}" in shown
+
+
+def test_the_example_of_the_database_says_what_the_page_says(tmp_path: Path) -> None:
+    page = (TOP / "systemd/man/udmabufd.devices.5.md").read_text()
+    example = page[page.index("    [[device]]\n") :].split("\n\nAfter ")[0]
+    folder = tmp_path / database.FOLDER
+    folder.mkdir()
+    (folder / "50-acme.toml").write_text(textwrap.dedent(example))
+    known = database.load([tmp_path], "6.12.0")
+    decoder = Device("/dev/video2", "/dev/video2", "video4linux", "video2", "/v", "", "/p", "platform", "vdec")
+    decoder = dataclasses.replace(decoder, driver="acme-vdec", drivers=("acme-vdec",))
+    anywhere = {"stride_alignment": 128, "height_alignment": 16, "tail_padding": 64}
+    behind_iommu = known.describe(dataclasses.replace(decoder, iommu_group="1", iommu_type="DMA"))
+    assert behind_iommu.constraints.values() == anywhere
+    assert known.describe(decoder).constraints.values() == {**anywhere, "max_segments": 1, "contiguous": True}
+    assert set(known.describe(decoder).sources) >= anywhere.keys()
+
+
 def test_the_configuration_file_is_the_defaults(pages: Path) -> None:
     content = (pages / "udmabufd.toml").read_text()
     # Installed, it changes nothing; with its comments taken away, it still changes nothing.
     assert not any(tomllib.loads(content).values())
     values = tomllib.loads(re.sub(r"^#(?=\w+ = )", "", content, flags=re.MULTILINE))
     assert {(section, key): value for section, entries in values.items() for key, value in entries.items()} == {
-        (option.section, option.key): option.default for option in OPTIONS
+        (option.section, option.key): list(option.default) if isinstance(option.default, tuple) else option.default
+        for option in OPTIONS
     }
 
 
@@ -155,6 +184,12 @@ def test_each_member_key_and_error_is_in_the_page(pages: Path) -> None:
         contract.INFO_KEYS,
         contract.LIST_KEYS,
         contract.GET_FD_KEYS,
+        contract.CONSTRAINT_KEYS,
+        contract.ATTACH_KEYS,
+        contract.ATTACHMENT_KEYS,
+        contract.VERDICT_KEYS,
+        contract.DEVICE_KEYS,
+        contract.ALLOCATOR_KEYS,
         contract.USAGE_KEYS,
         contract.RECOVER_KEYS,
         contract.RECOVERED_KEYS,
@@ -172,7 +207,8 @@ def test_each_section_that_the_interfaces_point_to_is_there(pages: Path) -> None
     for path in (TOP / "systemd/interfaces").glob("org.udmabufd.*.xml"):
         seen |= set(re.findall(r"See ([A-Z]+ KEYS)|see ([A-Z]+ KEYS)", path.read_text()))
     wanted = {title for pair in seen for title in pair if title}
-    assert {"SPEC KEYS", "WRAPMEMFD KEYS", "INFO KEYS", "LIST KEYS", "USAGE KEYS", "RECOVER KEYS"} <= wanted
+    words = "SPEC WRAPMEMFD INFO LIST USAGE RECOVER CONSTRAINT GETFD ATTACH ATTACHMENT VERDICT DEVICE ALLOCATOR"
+    assert {f"{word} KEYS" for word in words.split()} <= wanted
     assert wanted <= titles
 
 
