@@ -54,6 +54,13 @@ def parts() -> dict[str, Callable[[], list[str]]]:
         "log-control": xml(contract.LOG_CONTROL_INTERFACE),
         "spec-keys": lambda: sources.keys(contract.SPEC_KEYS),
         "wrap-keys": lambda: sources.keys(contract.WRAP_KEYS),
+        "get-fd-keys": lambda: sources.keys(contract.GET_FD_KEYS),
+        "constraint-keys": lambda: sources.keys(contract.CONSTRAINT_KEYS),
+        "attach-keys": lambda: sources.keys(contract.ATTACH_KEYS),
+        "attachment-keys": lambda: sources.keys(contract.ATTACHMENT_KEYS),
+        "verdict-keys": lambda: sources.keys(contract.VERDICT_KEYS),
+        "device-keys": lambda: sources.keys(contract.DEVICE_KEYS),
+        "allocator-keys": lambda: sources.keys(contract.ALLOCATOR_KEYS),
         "info-keys": lambda: sources.keys(contract.INFO_KEYS),
         "list-keys": lambda: sources.keys(
             {name: key for name, key in contract.LIST_KEYS.items() if name not in contract.INFO_KEYS}

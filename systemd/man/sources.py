@@ -102,16 +102,25 @@ def commands(parser: argparse.ArgumentParser) -> list[str]:
 
 def value(option: Option) -> str:
     """Return the default as TOML has it."""
-    if isinstance(option.default, str):
-        quoted = option.default.replace("\\", "\\\\").replace('"', '\\"')
+    return _toml(option.default)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, str):
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'"{quoted}"'
-    return f"{option.default:_}" if option.default >= 10_000 else str(option.default)
+    if isinstance(value, int):
+        return f"{value:_}" if value >= 10_000 else str(value)
+    assert isinstance(value, list | tuple)
+    return f"[{', '.join(_toml(part) for part in value)}]"
 
 
 def domain(option: Option) -> str:
     """Return the type, the unit and the bounds of a key as a sentence."""
     if option.type is str:
         return f"A {option.unit}, as a string."
+    if option.type is not int:
+        return f"An array of {option.unit}, as strings."
     if option.minimum is not None and option.maximum is not None:
         return f"A number of {option.unit}, {option.minimum} to {option.maximum}."
     return f"A number of {option.unit}."
