@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Runs every test of the project: installs what they need, then tier by tier, with one summary at the end."""
+"""Runs every test of the project: installs what they need, then tier by tier, with one summary at the end.
+
+The longest of them, the first of the guest, runs beside the others: each of the two lines keeps about one processor
+busy.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 
 DESCRIPTION = """\
-Installs what the tests need (Debian packages by apt, Python packages into .venv), then runs them tier by tier:
+Installs what the tests need (Debian packages by apt, Python packages into .venv), then runs them tier by tier, the
+first of the guest beside the others, whose output is shown when each is over:
 
   checks             linters, types, import direction, unit files, manual pages, packaging
   unit               what needs neither a bus nor a kernel interface
@@ -78,15 +86,21 @@ class Tier:
     failed: int = 0
     skipped: int = 0
 
-    def run(self, results: Path) -> None:
-        """Run the command and count its results."""
+    def run(self, results: Path, output: TextIO | None = None) -> None:
+        """Run the command and count its results; what it says goes to `output`, or to our own."""
         results.mkdir()
-        print(f"\n=== {self.name}: {' '.join(self.command)}", flush=True)
+        print(f"\n=== {self.name}: {' '.join(self.command)}", file=output, flush=True)
         start = time.monotonic()
         command = [word.replace("{results}", str(results)) for word in self.command]
         strict = {"UDMABUFD_STRICT": "1", "PYTHONUNBUFFERED": "1"}
         self.status = subprocess.run(
-            command, cwd=ROOT, env=os.environ | strict | self.environment, stdin=subprocess.DEVNULL, check=False
+            command,
+            cwd=ROOT,
+            env=os.environ | strict | self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            check=False,
         ).returncode
         self.seconds = time.monotonic() - start
         for file in sorted(results.glob("*.xml")):
@@ -100,7 +114,15 @@ class Tier:
             self.status = 0
         elif self.status == 0 and self.passed == 0:
             self.status = 1
-            print(f"{self.name}: no test was run", flush=True)
+            print(f"{self.name}: no test was run", file=output, flush=True)
+
+    def run_aside(self, results: Path) -> None:
+        """Run beside other tiers: what it says is shown in one piece when it is over."""
+        print(f"\n=== {self.name} begins, beside the others", flush=True)
+        log = results.with_suffix(".log")
+        with open(log, "w", encoding="utf-8") as output:
+            self.run(results, output)
+        print(log.read_text(encoding="utf-8", errors="replace"), flush=True)
 
     @property
     def ok(self) -> bool:
@@ -119,13 +141,30 @@ def main() -> int:
         print(f"tests/run: no tier is called {', '.join(arguments.tier)}; see --help", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="udmabufd-tests-") as results:
-        for number, tier in enumerate(tiers):
-            tier.run(Path(results) / str(number))
+        run_all(tiers, Path(results))
     sum_up(tiers, time.monotonic() - started)
     if not any(tier.passed for tier in tiers):
         print("tests/run: no test was run", file=sys.stderr)
         return 1
     return 0 if all(tier.ok for tier in tiers) else 1
+
+
+def run_all(tiers: Sequence[Tier], results: Path) -> None:
+    """Run `tiers` in two lines, each one after the other: the first of the guest, and beside it the rest."""
+    folders = {tier.name: results / str(number) for number, tier in enumerate(tiers)}
+    guests = [tier for tier in tiers if tier.name.startswith("guest")]
+    longest = guests[:1] or tiers
+    aside = [tier for tier in tiers if tier not in longest]
+
+    def run_aside() -> None:
+        for tier in aside:
+            tier.run_aside(folders[tier.name])
+
+    beside = threading.Thread(target=run_aside)
+    beside.start()
+    for tier in longest:
+        tier.run(folders[tier.name])
+    beside.join()
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,6 +53,13 @@ class Agent:
         """Make sure that a buffer has memory and its descriptor; tell what is known of it."""
         fd = self._buffers[number].get_fd()
         return {"inode": os.fstat(fd).st_ino, "size": os.lseek(fd, 0, os.SEEK_END)}
+
+    def attach(self, number: int, device: str, constraints: dict[str, Any]) -> dict[str, Any]:
+        """Attach a device to a buffer; tell the merged constraints, and how many seconds the answer took."""
+        began = time.monotonic()
+        attachment = self._buffers[number].attach(device, constraints)
+        seconds = time.monotonic() - began
+        return {"number": attachment.number, "constraints": dict(attachment.constraints), "seconds": seconds}
 
     def info(self, number: int) -> dict[str, Any]:
         """What the service said of a buffer."""

@@ -13,6 +13,7 @@ from tests.bus.peer import Peer
 from tests.bus.service import RunningService
 from tests.kernel import unit
 from tests.kernel.accord import settled
+from tests.kernel.importing import Vivid, drm_nodes, loaded
 from udmabufd.linux import udmabuf
 from udmabufd_base.fd import OwnedFd
 
@@ -51,6 +52,22 @@ def vgem() -> Iterator[Path]:
     finally:
         if not loaded:
             subprocess.run(["modprobe", "--remove", "vgem"], check=True)
+
+
+@pytest.fixture(scope="module")
+def vivid() -> Iterator[Vivid]:
+    """The kernel's virtual video devices, for all tests of a file: loading them takes seconds."""
+    with loaded("vivid", *Vivid.PARAMETERS):
+        yield Vivid()
+
+
+@pytest.fixture(scope="module")
+def virtio_gpu() -> Iterator[list[Path]]:
+    """Card and render node of a device with mode setting, for all tests of a file."""
+    others = set(drm_nodes())
+    with loaded("virtio_gpu"):
+        card, render = (node for node in drm_nodes() if node not in others)
+        yield [card, render]
 
 
 @pytest.fixture

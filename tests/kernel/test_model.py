@@ -87,7 +87,7 @@ class History:
 
     def __init__(self, seed: int, address: str, root: Peer) -> None:
         self.rng = random.Random(seed)
-        self.books = Books(Quotas(0, 0, 0, 0, 0))
+        self.books = Books(Quotas(0, 0, 0, 0, 0, 0))
         self.known: list[Known] = []
         self.peers: dict[Client, Peer] = {}
         self.requests = 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -28,3 +29,12 @@ def needed(name: str) -> str:
             pytest.fail(message)
         pytest.skip(message)
     return path
+
+
+def drop_in(file: Path, first: str) -> str:
+    """Return the example of a drop-in that `file` shows, indented, after # or not, from the line `first` on."""
+    lines = file.read_text().splitlines()
+    start = next(index for index, line in enumerate(lines) if line.lstrip("# ") == first)
+    prefix = lines[start].removesuffix(first)
+    taken = itertools.takewhile(lambda line: line.startswith(prefix) or line == prefix.rstrip(), lines[start:])
+    return "\n".join(line.removeprefix(prefix) if line.strip("# ") else "" for line in taken) + "\n"

@@ -145,6 +145,8 @@ def test_the_layer_of_a_boot(tmp_path: Path) -> None:
     assert "src/tests/vm/gone" not in members
     assert members["boot/config-6.0"].mode == 0o644
     assert members["etc/systemd/system/dbus.service"].linkname.endswith("/dbus-broker.service")
+    # The machine has graphics cards, and nothing but modprobe by name makes DRM devices of them.
+    assert members["etc/modprobe.d/udmabufd-vm.conf"].mode == 0o644
     for unit in read_list(layer.GUEST / "masked-units"):
         assert members[f"etc/systemd/system/{unit}"].linkname == "/dev/null"
     assert {(member.uid, member.gid) for member in members.values()} == {(0, 0)}

@@ -36,6 +36,7 @@ EPILOG = """\
 in the guest:
   COMMAND's working directory is /src, a copy of the working tree that may be written to; stdin is /dev/null.
   Users alice, bob and mallory (1000 to 1002) may not open /dev/udmabuf. `swapon /swapfile` gives 1 GiB of swap.
+  modprobe vgem, bochs, virtio_gpu (DRM; the latter two with mode setting) and vivid (V4L2) make devices.
   Compilers, Weston, GStreamer, v4l-utils, gdbus, busctl, bpftrace, pytest: see tests/vm/image/packages. No network.
 
 exit status:
@@ -76,7 +77,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--append", metavar="ARGS", action="append", default=[], help="added to the kernel's command line")
     add("--share", metavar="DIR", type=Path, help="a folder of this machine, /share in the guest, to read and write")
-    add("--memory", metavar="M", type=mebibytes, default=4096, help="MiB of memory, or with G: GiB (default: 4096)")
+    add(
+        "--memory",
+        metavar="M",
+        type=mebibytes,
+        default=3072,
+        help="MiB of memory, or with G: GiB (default: 3072, all of it below 4 GiB, where devices of 32 bits reach it)",
+    )
     add("--cpus", metavar="N", type=int, default=2, help="virtual CPUs (default: 2)")
     add("--timeout", metavar="SECONDS", type=float, default=1800.0, help="for boot and command (default: 1800)")
     add("--bus", choices=sorted(BUS_UNITS), default="dbus-daemon", help="the system bus (default: dbus-daemon)")

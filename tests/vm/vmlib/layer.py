@@ -50,6 +50,7 @@ def write_layer(target: Path, job: Job, files: list[Path], config: Path, version
         tar.add(GUEST / "runner.service", f"{UNITS}/udmabufd-vm.service", filter=_readable)
         _link(tar, f"{UNITS}/multi-user.target.wants/udmabufd-vm.service", "../udmabufd-vm.service")
         tar.add(GUEST / "udev-trigger.conf", f"{UNITS}/systemd-udev-trigger.service.d/guest.conf", filter=_readable)
+        tar.add(GUEST / "modprobe.conf", "etc/modprobe.d/udmabufd-vm.conf", filter=_readable)
         # with one of its own systemd does not take each boot for the first, which would enable every unit there is
         _file(tar, "etc/machine-id", f"{MACHINE_ID}\n".encode())
         for unit in read_list(GUEST / "masked-units"):

@@ -31,6 +31,9 @@ KERNEL_ARGUMENTS = (
     "console=ttyS0 loglevel=5 panic=-1 oops=panic tsc=reliable systemd.show_status=error systemd.log_color=0"
 )
 PANIC = "Kernel panic"
+# Two cards that can set modes, for who asks by modprobe (guest/modprobe.conf). Without a ROM, which the firmware would
+# run for a screen that nobody looks at; virtio-gpu-pci has none.
+CARDS = ("bochs-display,romfile=", "virtio-gpu-pci")
 PR_SET_PDEATHSIG = 1
 
 
@@ -209,6 +212,8 @@ def _command_line(hardware: Hardware, console: Path, channels: dict[str, int]) -
     for disk in hardware.disks:
         argv += ["-drive", f"file={value(disk.path)},format=raw,if=none,id={disk.serial},snapshot=on,cache=unsafe"]
         argv += ["-device", f"virtio-blk-pci,drive={disk.serial},serial={disk.serial}"]
+    for card in CARDS:
+        argv += ["-device", card]
     argv += ["-device", "virtio-serial-pci"]
     for name, fd in channels.items():
         argv += ["-chardev", f"socket,id={name},fd={fd}"]
