@@ -34,7 +34,7 @@ from udmabufd.core.store import STATE_NAME
 from udmabufd.linux import dmabuf
 from udmabufd.linux.hold import Hold
 from udmabufd_base.fd import OwnedFd
-from udmabufd_client.contract import BUS_GRACE, REQUEST_GRACE, State, buffer_path
+from udmabufd_client.contract import BUS_GRACE, REQUEST_GRACE, Cache, State, buffer_path
 
 
 @pytest.fixture
@@ -555,17 +555,19 @@ class Held(Hold):
 
 
 @pytest.mark.parametrize(
-    ("exporter", "allocator", "accounting"),
+    ("exporter", "allocator", "accounting", "cache"),
     [
-        ("drm", "dumb:unknown", Accounting.SERVICE),
-        ("system", "heap:system", Accounting.SYSTEM),
-        ("udmabuf", "wrapped", Accounting.CLIENT),
+        ("drm", "dumb:unknown", Accounting.SERVICE, Cache.UNCACHED),
+        ("system", "heap:system", Accounting.SYSTEM, Cache.UNCACHED),
+        ("udmabuf", "wrapped", Accounting.CLIENT, Cache.CACHED),
     ],
 )
 def test_a_dma_buf_without_a_record_is_of_whom_its_exporter_tells(
-    play: Play, monkeypatch: pytest.MonkeyPatch, exporter: str, allocator: str, accounting: Accounting
+    play: Play, monkeypatch: pytest.MonkeyPatch, exporter: str, allocator: str, accounting: Accounting, cache: Cache
 ) -> None:
-    """A dumb buffer's pages would be dropped as clean ones while nobody maps it."""
+    """A dumb buffer's pages would be dropped as clean ones while nobody maps it, and how they are mapped is not known
+    any more.
+    """
     held: list[Held] = []
 
     def hold(fd: int, size: int) -> Held:
@@ -591,6 +593,7 @@ def test_a_dma_buf_without_a_record_is_of_whom_its_exporter_tells(
                 assert found.memory is not None
                 assert (row["inode"], found.memory.inode) == (inode, inode)
                 assert (found.memory.allocator, found.memory.accounting) == (allocator, accounting)
+                assert found.memory.cache is cache
                 if exporter == "drm":
                     # And when it is recorded, the next life does the same.
                     assert found.memory.hold is held[-1]

@@ -128,7 +128,7 @@ def _stranger(name: str, memfds: list[OwnedFd], dma_bufs: list[OwnedFd]) -> Buff
             dma_buf=exported,
             device=identity.device,
             inode=identity.inode,
-            cache=Cache.CACHED,
+            cache=_cache(allocator),
             evidence=CacheEvidence.DEFAULT,
             needs_sync=not handed_out,
             stored=True,
@@ -161,6 +161,11 @@ def _hold(allocator: str, dma_buf: OwnedFd | None) -> Hold | None:
     except OSError as error:
         log.error("The pages of a dumb buffer cannot be kept from being dropped: %s", error)
         return None
+
+
+def _cache(allocator: str) -> Cache:
+    """Return what may be claimed of mappings: of heaps and dumb buffers nothing is known here, so the slowest."""
+    return Cache.CACHED if allocator in (MEMFD, UDMABUF, WRAPPED) else Cache.UNCACHED
 
 
 def _accounting(allocator: str) -> Accounting:
