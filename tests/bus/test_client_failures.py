@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -46,31 +45,34 @@ def takes_back(fake: FakeAllocator) -> None:
     fake.answers["Release"] = lambda incoming: fake.reply(incoming.header)
 
 
+SILENCE = 0.3
+"""Seconds: enough to send a call on a busy machine, so that it is the answer which is missed."""
+
+
 async def test_silence_is_a_time_out_on_every_verb(fake: FakeAllocator, client: Client) -> None:
     grants(fake)
     with await client.allocate(size=PAGE) as buffer:
         del fake.answers["Allocate"]
         verbs: list[Callable[[], Awaitable[Any]]] = [
-            lambda: client.allocate(size=PAGE, timeout=0.05),
-            lambda: client.allocate_many(2, size=PAGE, timeout=0.05),
-            lambda: client.create(size=PAGE, timeout=0.05),
-            lambda: client.import_ticket("x", timeout=0.05),
-            lambda: client.list_buffers(timeout=0.05),
-            lambda: client.limits(timeout=0.05),
-            lambda: client.properties(timeout=0.05),
-            lambda: buffer.get_ticket(timeout=0.05),
-            lambda: buffer.set_name("n", timeout=0.05),
-            lambda: buffer.refresh(timeout=0.05),
-            lambda: buffer.release(timeout=0.05),
+            lambda: client.allocate(size=PAGE, timeout=SILENCE),
+            lambda: client.allocate_many(2, size=PAGE, timeout=SILENCE),
+            lambda: client.create(size=PAGE, timeout=SILENCE),
+            lambda: client.import_ticket("x", timeout=SILENCE),
+            lambda: client.list_buffers(timeout=SILENCE),
+            lambda: client.limits(timeout=SILENCE),
+            lambda: client.properties(timeout=SILENCE),
+            lambda: buffer.get_ticket(timeout=SILENCE),
+            lambda: buffer.set_name("n", timeout=SILENCE),
+            lambda: buffer.refresh(timeout=SILENCE),
+            lambda: buffer.release(timeout=SILENCE),
         ]
         for verb in verbs:
-            began = time.monotonic()
-            with pytest.raises(errors.CallTimedOut, match=r"no answer within 0\.05 s"):
-                await verb()
-            assert time.monotonic() - began < 5
+            async with asyncio.timeout(60):
+                with pytest.raises(errors.CallTimedOut, match=rf"no answer within {SILENCE} s"):
+                    await verb()
         os.close(buffer.steal_fd())
         with pytest.raises(errors.CallTimedOut):
-            await buffer.get_fd(timeout=0.05)
+            await buffer.get_fd(timeout=SILENCE)
 
 
 async def test_the_clients_own_time_out_is_the_default(open_bus: PrivateBus, fake: FakeAllocator) -> None:
@@ -122,6 +124,9 @@ async def test_what_is_cancelled_in_the_very_turn_of_the_answer_is_given_back(
         call.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             (await call).close()
+        if turns % 40 == 39:
+            # The bus lets one connection have 128 calls without an answer.
+            await client.list_buffers()
     # Behind the last Allocate on the same connection.
     await client.list_buffers()
     allocated = len(await fake.called("Allocate"))

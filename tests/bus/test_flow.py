@@ -194,7 +194,9 @@ async def test_who_reads_again_gets_what_waited_and_each_call_one_answer(
     async with asyncio.timeout(60):
         answers = await asyncio.gather(*calls, return_exceptions=True)
     refusals = [answer for answer in answers if isinstance(answer, BaseException)]
-    assert {getattr(refusal, "name", repr(refusal)) for refusal in refusals} <= {error("RateLimited")}
+    # Where the machine is slow, the bus refuses those that are more than 128 without an answer.
+    known = {error("RateLimited"), "org.freedesktop.DBus.Error.LimitsExceeded"}
+    assert {getattr(refusal, "name", repr(refusal)) for refusal in refusals} <= known
     assert len(answers) - len(refusals) >= 160
     # And from then on as if nothing had been.
     await serve(bad, 5)

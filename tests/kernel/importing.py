@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +20,7 @@ from udmabufd_base.fd import OwnedFd
 HUGE: Final = 2 * MIB
 
 _POOL: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+_COMPACT: Final = Path("/proc/sys/vm/compact_memory")
 _MAPPED, _CONTIGUOUS, _PLANES = range(3)
 
 
@@ -141,15 +142,23 @@ def one_piece(device: OwnedFd) -> Iterator[OwnedFd]:
 @contextmanager
 def adjacent(device: OwnedFd, size: int) -> Iterator[OwnedFd]:
     """A dma-buf of `size` bytes in one piece, of ordinary pages that happen to lie one after the other."""
-    pages = size // PAGE
-    with sealed_memfd(64 * MIB) as backing:
-        frames = of_file(backing.fileno(), 64 * MIB)
-        order = sorted(range(len(frames)), key=frames.__getitem__)
-        found = next(
-            start
-            for start in range(len(order) - pages)
-            if frames[order[start + pages - 1]] - frames[order[start]] == (pages - 1) * PAGE
-        )
-        items = [udmabuf.Item(backing.fileno(), page * PAGE, PAGE) for page in order[found : found + pages]]
-        with udmabuf.create_list(device.fileno(), items) as dma_buf:
-            yield dma_buf
+    with ExitStack() as stack:
+        # Memory that the tests before this one have scattered has such runs only here and there.
+        for extent in (64 * MIB, 128 * MIB, 256 * MIB, 512 * MIB):
+            _COMPACT.write_text("1\n")
+            backing = stack.enter_context(sealed_memfd(extent))
+            if items := _run(backing.fileno(), extent, size // PAGE):
+                break
+        else:
+            raise AssertionError(f"memory is too fragmented for {size} bytes in one piece")
+        yield stack.enter_context(udmabuf.create_list(device.fileno(), items))
+
+
+def _run(backing: int, extent: int, pages: int) -> list[udmabuf.Item]:
+    """Return the items of the first `pages` pages of a file that follow one another in memory, or none."""
+    frames = of_file(backing, extent)
+    order = sorted(range(len(frames)), key=frames.__getitem__)
+    for start in range(len(order) - pages + 1):
+        if frames[order[start + pages - 1]] - frames[order[start]] == (pages - 1) * PAGE:
+            return [udmabuf.Item(backing, page * PAGE, PAGE) for page in order[start : start + pages]]
+    return []
