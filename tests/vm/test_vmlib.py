@@ -8,15 +8,17 @@ import os
 import tarfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from tests.vm.vmlib import cli, host, layer, machine
+from tests.vm.vmlib import cli, headers, host, layer, machine, module
 from tests.vm.vmlib.cache import cached
 from tests.vm.vmlib.image import read_list
 from tests.vm.vmlib.initrd import GUEST_INIT, write_initrd
-from tests.vm.vmlib.kernel import take_boot_modules
+from tests.vm.vmlib.kernel import Kernel, take_boot_modules
 from tests.vm.vmlib.report import Report, VmError, run_step
 
 QUIET = Report(quiet=True)
@@ -175,3 +177,46 @@ def test_a_guest_that_cannot_start_is_explained(tmp_path: Path, monkeypatch: pyt
         guest.run(30)
     assert end.value.status == machine.BROKEN
     assert time.monotonic() - began < 25
+
+
+def test_without_headers_the_guest_boots_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(*_: object) -> NoReturn:
+        raise VmError("no packaged kernel 1.2.3-amd64", 2)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(headers, "find_kernel", unknown)
+    assert headers.get_headers(Report(), tmp_path, Kernel("1.2.3-amd64", tmp_path)) is None
+    assert "no kernel module can be built in this guest" in capsys.readouterr().err
+    assert not list((tmp_path / "udmabufd/vm/headers").glob("[!.]*"))
+
+
+def test_the_guest_looks_for_the_module_where_the_layer_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def built(*arguments: object) -> None:
+        shared = arguments[4]
+        assert isinstance(shared, dict)
+        (shared["/module"] / module.NAME).write_bytes((shared["/module"] / "udmabuf_cache.c").read_bytes())
+
+    def broken(*_: object) -> NoReturn:
+        raise VmError("does not compile")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sources = [module.FOLDER / name for name in ("udmabuf_cache.c", "Makefile")]
+    ask = partial(module.get_module, Report(), tmp_path, Kernel("6.0", tmp_path), tmp_path)
+    monkeypatch.setattr(module, "run_in_root", broken)
+    assert ask(sources) is None
+    assert "does not compile" in capsys.readouterr().err
+    monkeypatch.setattr(module, "run_in_root", built)
+    made = ask([*sources, Path("tests/vm/run")])
+    assert made is not None
+    job = layer.Job(["true"], "dbus-broker", service=True)
+    layer.write_layer(tmp_path / "tar", job, sources, made[1], "6.0", made)
+    with tarfile.open(tmp_path / "tar") as tar:
+        tar.extractall(tmp_path / "guest", filter="fully_trusted")
+    there = tmp_path / "guest/src" / module.FOLDER
+    found = tmp_path / "guest" / module.BUILT / module.sources_digest(there.iterdir()) / module.NAME
+    assert found.read_bytes() == (there / "udmabuf_cache.c").read_bytes()
+    assert ask([Path("tests/vm/run")]) is None

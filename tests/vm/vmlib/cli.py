@@ -14,12 +14,14 @@ from pathlib import Path
 from types import FrameType
 
 from . import host
+from .headers import IMAGE, TREE, get_headers
 from .image import get_image
 from .initrd import write_initrd
 from .install import get_installation
 from .kernel import get_kernel
 from .layer import BUS_UNITS, Job, write_layer
 from .machine import BROKEN, BootPanic, Disk, Hardware, Machine
+from .module import get_module
 from .report import Report, VmError
 from .tree import tree_files
 
@@ -126,16 +128,20 @@ def run(options: argparse.Namespace, report: Report) -> int:
     host.need_packages(report)
     image = get_image(report)
     kernel = get_kernel(report, image / "root", options.kernel)
+    headers = get_headers(report, image / "root", kernel)
     files = tree_files(report)
+    module = get_module(report, image, kernel, headers / TREE, files) if headers else None
     service = not (options.no_service or options.no_install)
     installed = None if options.no_install else get_installation(report, image, files, enable=service)
     with tempfile.TemporaryDirectory(prefix="udmabufd-vm-") as name:
         work = Path(name)
         job = Job(options.command, options.bus, service)
-        write_layer(work / "boot.tar", job, files, kernel.directory / "config", kernel.version)
+        write_layer(work / "boot.tar", job, files, kernel.directory / "config", kernel.version, module)
         write_initrd(work / "initrd", image / "root", kernel.directory / "boot-modules")
         disks = [Disk("root", image / "root.img"), Disk("boot", work / "boot.tar")]
         disks += [Disk("modules", kernel.directory / "modules.img"), Disk("swap", image / "swap.img")]
+        if headers is not None:
+            disks.append(Disk("headers", headers / IMAGE))
         if installed is not None:
             disks.append(Disk("install", installed))
         hardware = Hardware(

@@ -145,7 +145,8 @@ def _newest_of(report: Report, root: Path, suite: str) -> str:
     raise VmError(f"no kernel of {suite}: does this machine's Debian mirror have that suite, and is it reachable?", 2)
 
 
-def _find(report: Report, root: Path, version: str) -> Apt:
+def find_kernel(report: Report, root: Path, version: str) -> Apt:
+    """The suite that has a kernel of that exact version; VmError (status 2) with what there is if none has it."""
     available: list[str] = []
     for suite in SUITES:
         apt = Apt(root, suite)
@@ -161,7 +162,7 @@ def _find(report: Report, root: Path, version: str) -> Apt:
 
 
 def _make(report: Report, root: Path, version: str, target: Path) -> None:
-    apt = _find(report, root, version)
+    apt = find_kernel(report, root, version)
     package = f"linux-image-{version}"
     # newer kernels are split into several packages, all named by the version
     parts = [name for name in apt.depends(package) if name.startswith("linux-") and name.endswith(version)]

@@ -38,14 +38,20 @@ class Job:
     service: bool
 
 
-def write_layer(target: Path, job: Job, files: list[Path], config: Path, version: str) -> None:
-    """Writes the tar: the working tree's files to /src, the kernel's configuration to /boot, the job's own parts."""
+def write_layer(
+    target: Path, job: Job, files: list[Path], config: Path, version: str, module: tuple[str, Path] | None = None
+) -> None:
+    """Writes the tar: the working tree's files to /src, the kernel's configuration to /boot, the job's own parts,
+    and a kernel module, given as where it goes and the file.
+    """
     with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as tar:
         for path in files:
             # an editor may have taken the file away since it was listed
             if os.path.lexists(TOP / path):
                 tar.add(TOP / path, f"src/{path}", recursive=False, filter=_readable)
         tar.add(config, f"boot/config-{version}", filter=_readable)
+        if module is not None:
+            tar.add(module[1], module[0], filter=_readable)
         tar.add(GUEST / "runner.py", f"{RUNNER_HOME}/runner.py", filter=_readable)
         tar.add(GUEST / "runner.service", f"{UNITS}/udmabufd-vm.service", filter=_readable)
         _link(tar, f"{UNITS}/multi-user.target.wants/udmabufd-vm.service", "../udmabufd-vm.service")
