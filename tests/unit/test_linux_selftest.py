@@ -66,7 +66,13 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exporter, str], None]
 def test_good(exporter: Callable[..., None]) -> None:
     """Nothing is said about an exporter that does what it should."""
     exporter(same_pages)
-    selftest.check(0)
+    assert selftest.check(0) == "udmabuf"
+
+
+def test_another_driver_of_the_interface(exporter: Callable[..., None]) -> None:
+    """It has a name of its own, which is told: buffers of it are known by that."""
+    exporter(same_pages, "udmabuf_cache")
+    assert selftest.check(0) == "udmabuf_cache"
 
 
 @pytest.mark.parametrize(

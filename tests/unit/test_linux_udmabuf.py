@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -42,7 +43,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     monkeypatch.setattr(fcntl, "ioctl", refuse)
     real = udmabuf.read_limits
-    monkeypatch.setattr(udmabuf, "read_limits", lambda: real(tmp_path))
+    monkeypatch.setattr(udmabuf, "read_limits", lambda _: real(tmp_path))
     return tmp_path
 
 
@@ -168,6 +169,48 @@ def test_argument_of_create(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = [argument[:4], argument[4:8], argument[8:16], argument[16:]]
     values = [int.from_bytes(field, sys.byteorder) for field in fields]
     assert values == [0x01020304, 1, 0x1112131415161718, 0x2122232425262728]
+
+
+class Listening:
+    """In the place of the C library: notes the argument of ioctl(), and answers with a descriptor."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, bytes]] = []
+
+    def ioctl(self, device: int, request: int, argument: ctypes.Array[ctypes.c_char]) -> int:
+        self.seen.append((device, request, argument.raw))
+        return os.open("/dev/null", os.O_RDONLY)
+
+
+@pytest.mark.parametrize("flags", [0x01, 0x03, 0x05, 0x09, 1 << 31])
+def test_flags_go_where_the_kernel_reads_them(monkeypatch: pytest.MonkeyPatch, flags: int) -> None:
+    """The second word of struct udmabuf_create, the first of struct udmabuf_create_list."""
+    singles: list[bytes] = []
+    lists = Listening()
+
+    def record(device: int, request: int, argument: bytearray) -> int:
+        singles.append(bytes(argument))
+        return os.open("/dev/null", os.O_RDONLY)
+
+    monkeypatch.setattr(fcntl, "ioctl", record)
+    monkeypatch.setattr(udmabuf, "_libc", lists)
+    udmabuf.create(5, 7, 0, PAGE, flags).close()
+    udmabuf.create_list(5, [Item(7, 0, PAGE), Item(8, PAGE, PAGE)], flags).close()
+    assert int.from_bytes(singles[0][4:8], sys.byteorder) == flags
+    ((device, request, argument),) = lists.seen
+    assert (device, request) == (5, 0x40087543)
+    assert [int.from_bytes(argument[at : at + 4], sys.byteorder) for at in (0, 4, 8, 12)] == [flags, 2, 7, 0]
+
+
+def test_cache_attributes_are_bits_of_their_own() -> None:
+    """Those of the proposal, beside the one that is Linux'."""
+    bits = (
+        udmabuf.UDMABUF_FLAGS_CLOEXEC,
+        udmabuf.UDMABUF_FLAGS_CACHED,
+        udmabuf.UDMABUF_FLAGS_UNCACHED,
+        udmabuf.UDMABUF_FLAGS_WRITE_COMBINE,
+    )
+    assert bits == (0x01, 0x02, 0x04, 0x08)
 
 
 @pytest.mark.parametrize(

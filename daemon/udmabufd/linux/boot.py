@@ -13,6 +13,7 @@ from typing import Final
 
 _CMDLINE: Final = Path("/proc/cmdline")
 _CPUINFO: Final = Path("/proc/cpuinfo")
+_MTRR: Final = Path("/proc/mtrr")
 
 _YES: Final = ("y", "1", "on")
 _NO: Final = ("n", "f", "d", "0", "of")
@@ -40,21 +41,29 @@ def zeroed_at_allocation(cmdline: Path = _CMDLINE, configs: Sequence[Path] | Non
     return _setting("CONFIG_INIT_ON_ALLOC_DEFAULT_ON", _configs() if configs is None else configs) is True
 
 
+def is_arm(machine: str | None = None) -> bool:
+    """Return whether this `machine` (uname -m) is arm, of either width."""
+    return (os.uname().machine if machine is None else machine).startswith(("aarch64", "arm"))
+
+
 def write_combining(
     cmdline: Path = _CMDLINE,
     cpuinfo: Path = _CPUINFO,
     configs: Sequence[Path] | None = None,
     machine: str | None = None,
+    release: str | None = None,
+    mtrr: Path = _MTRR,
 ) -> bool:
     """Return whether a mapping that a driver asks to be write-combined is known to be: else it is uncached.
 
     arm has it always (pgprot_writecombine is normal non-cacheable memory there). On x86 it takes page attribute
-    tables (arch/x86/mm/pat/memtype.c): processor with PAT, and with MTRR, without which kernels before 6.2 do not use
-    it; no `nopat` on the command line; no CONFIG_X86_PAT=n in the first of `configs` that can be read, by default
-    those of zeroed_at_allocation(). What cannot be found out is False, and so is every other `machine` (uname -m).
+    tables (arch/x86/mm/pat/memtype.c): processor with PAT, and with MTRR, without which kernels before 6.2 (`release`,
+    uname -r) do not use it, nor where the firmware leaves MTRRs disabled, so that there must be one in `mtrr`; no
+    `nopat` on the command line; no CONFIG_X86_PAT=n in the first of `configs` that can be read, by default those of
+    zeroed_at_allocation(). What cannot be found out is False, and so is every other `machine` (uname -m).
     """
     machine = os.uname().machine if machine is None else machine
-    if machine.startswith(("aarch64", "arm")):
+    if is_arm(machine):
         return True
     if not re.fullmatch(r"x86_64|i[3-6]86", machine):
         return False
@@ -63,11 +72,20 @@ def write_combining(
         if any(word.partition("=")[0] == "nopat" for word in _words(cmdline)):
             return False
         flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        # The file is there for whatever processor can have them. Enabled ones show only by what they are set to.
+        if _before_6_2(os.uname().release if release is None else release) and not mtrr.read_bytes().strip():
+            return False
     except OSError:
         return False
     if flags is None or not {"pat", "mtrr"} <= set(flags[1].split()):
         return False
     return _setting("CONFIG_X86_PAT", _configs() if configs is None else configs) is not False
+
+
+def _before_6_2(release: str) -> bool:
+    """Whether that is a kernel before 6.2; what is no such number might be one."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return found is None or (int(found[1]), int(found[2])) < (6, 2)
 
 
 def _words(cmdline: Path) -> list[str]:

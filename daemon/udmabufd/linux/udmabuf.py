@@ -33,6 +33,16 @@ UDMABUF_CREATE: Final = 0x40187542
 UDMABUF_CREATE_LIST: Final = 0x40087543
 UDMABUF_FLAGS_CLOEXEC: Final = 0x01
 
+UDMABUF_FLAGS_CACHED: Final = 0x02
+UDMABUF_FLAGS_UNCACHED: Final = 0x04
+UDMABUF_FLAGS_WRITE_COMBINE: Final = 0x08
+"""Cache attributes of mappings. No mainline kernel knows them: the header has CLOEXEC alone, up to Linux 7.2.
+
+In the proposal of 2019-07-31 (patches 2 and 3 of 6, message ids 20190801022517.1903-3 and -4) the bits 0x02, 0x04 and
+0x08 were called PROT_NONE, PROT_READ and PROT_WRITE. Review asked for names of cache attributes instead, since no
+dma-buf is only readable, and CACHED, UNCACHED and WRITE_COMBINE were agreed on; no version with those names, and so no
+numbers, were posted. These numbers are this project's. A device is sent them only after cacheprobe.py."""
+
 _CREATE: Final = struct.Struct("=IIQQ")  # memfd, flags, offset, size
 _LIST_HEAD: Final = struct.Struct("=II")  # flags, count
 _LIST_ITEM: Final = struct.Struct("=IIQQ")  # memfd, padding, offset, size
@@ -102,24 +112,37 @@ def read_limits(directory: str | os.PathLike[str] = PARAMETERS) -> Limits:
     )
 
 
-def create(device: int, memfd: int, offset: int, size: int, flags: int = UDMABUF_FLAGS_CLOEXEC) -> OwnedFd:
+def create(
+    device: int,
+    memfd: int,
+    offset: int,
+    size: int,
+    flags: int = UDMABUF_FLAGS_CLOEXEC,
+    parameters: str | os.PathLike[str] = PARAMETERS,
+) -> OwnedFd:
     """Export `size` bytes from `offset` of `memfd`, both multiples of the page size, as a new dma-buf.
 
-    The dma-buf is readable and writable whatever the mode of `memfd`. The driver ignores flags that it does not know.
+    The dma-buf is readable and writable whatever the mode of `memfd`. Mainline ignores flags that it does not know.
     Pins every page, and fills holes at the caller's cost; runs without the interpreter's lock: for a worker thread.
 
     Raises OSError: EINVAL for all that is wrong with the range, the seals or the limits (the hint names what was
-    found), EBADFD for a descriptor that is no memfd, ENOTTY if `device` is none, EMFILE, ENOMEM.
+    found, by the driver's `parameters`), EBADFD for a descriptor that is no memfd, ENOTTY if `device` is none, EMFILE,
+    ENOMEM.
     """
     # A bytearray, because only for a mutable argument does fcntl.ioctl return the result: the descriptor.
     argument = bytearray(_CREATE.pack(memfd, flags, offset, size))
     try:
         return OwnedFd(fcntl.ioctl(device, UDMABUF_CREATE, argument))
     except OSError as error:
-        raise _explain(error, "UDMABUF_CREATE", [Item(memfd, offset, size)]) from error
+        raise _explain(error, "UDMABUF_CREATE", [Item(memfd, offset, size)], flags, parameters) from error
 
 
-def create_list(device: int, items: Sequence[Item], flags: int = UDMABUF_FLAGS_CLOEXEC) -> OwnedFd:
+def create_list(
+    device: int,
+    items: Sequence[Item],
+    flags: int = UDMABUF_FLAGS_CLOEXEC,
+    parameters: str | os.PathLike[str] = PARAMETERS,
+) -> OwnedFd:
     """Export `items`, one after the other, as one new dma-buf. The same page may be listed more than once.
 
     Otherwise as create(); EINVAL also for no items or more than Limits.max_items.
@@ -130,7 +153,7 @@ def create_list(device: int, items: Sequence[Item], flags: int = UDMABUF_FLAGS_C
     fd = _libc.ioctl(device, UDMABUF_CREATE_LIST, argument)
     if fd < 0:
         code = ctypes.get_errno()
-        raise _explain(OSError(code, os.strerror(code)), "UDMABUF_CREATE_LIST", items)
+        raise _explain(OSError(code, os.strerror(code)), "UDMABUF_CREATE_LIST", items, flags, parameters)
     return OwnedFd(fd)
 
 
@@ -144,9 +167,14 @@ def _read_parameter(path: Path, default: int) -> int:
     raise HintedOSError(errno.EINVAL, f"read {path}", f"expected an int, found {text[:32]!r}")
 
 
-def _explain(error: OSError, call: str, items: Sequence[Item]) -> OSError:
+def _explain(
+    error: OSError, call: str, items: Sequence[Item], flags: int, parameters: str | os.PathLike[str]
+) -> OSError:
     if error.errno == errno.EINVAL:
-        hint = _causes(call, items)
+        hint = _causes(call, items, parameters)
+        if not hint:
+            other = f", or it does not take the flags {flags:#x}" if flags != UDMABUF_FLAGS_CLOEXEC else ""
+            hint = f"no cause found; the memfd or the limits changed meanwhile{other}"
     elif error.errno == errno.EBADFD:
         hint = "a descriptor that is no memfd, or one of huge pages, which some kernels before 6.11 cannot export"
     elif error.errno == errno.ENOTTY:
@@ -156,11 +184,13 @@ def _explain(error: OSError, call: str, items: Sequence[Item]) -> OSError:
     return HintedOSError(error.errno, call, hint)
 
 
-def _causes(call: str, items: Sequence[Item]) -> str:
-    """Name what is wrong with `items` as far as it shows now, for a message after the kernel said EINVAL."""
+def _causes(call: str, items: Sequence[Item], parameters: str | os.PathLike[str]) -> str:
+    """Name what is wrong with `items` as far as it shows now, for a message after the kernel said EINVAL; "" for
+    nothing.
+    """
     causes: list[str] = []
     try:
-        limits = read_limits()
+        limits = read_limits(parameters)
         if call == "UDMABUF_CREATE_LIST" and not 0 < len(items) <= limits.max_items:
             causes.append(f"{len(items)} items with a list_limit of {limits.list_limit}")
         total = sum(item.size for item in items)
@@ -172,7 +202,7 @@ def _causes(call: str, items: Sequence[Item]) -> str:
             causes += _causes_of_item(item)
     except OSError as error:
         causes.append(f"(looking for the cause failed: {error})")
-    return "; ".join(dict.fromkeys(causes)) or "no cause found; the memfd or the limits changed meanwhile"
+    return "; ".join(dict.fromkeys(causes))
 
 
 def _causes_of_item(item: Item) -> list[str]:
