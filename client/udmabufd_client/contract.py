@@ -276,8 +276,10 @@ VERDICT_KEYS: Final[dict[str, Key]] = {
     "device": Key("s", "Whose constraint that is: a device, or spec; empty if nobody's."),
     "reason": Key("s", "What does not suit, with the figures."),
     "remedy": Key("s", "What would make it suit; empty if nothing would."),
+    "cache_effective": Key("s", "What CPU mappings would be, where it would be asked."),
+    "cache_evidence": Key("s", "How that is known, where it would be asked: default, driver, probe or measured."),
 }
-"""Keys of each row of Explain; the last four are absent where it would be asked."""
+"""Keys of each row of Explain: field to remedy for one that would not be asked, the last two for one that would."""
 
 DEVICE_KEYS: Final[dict[str, Key]] = {
     "device": Key("s", "What Attach takes: the device node, or subsystem:name where there is none."),
@@ -303,7 +305,8 @@ ALLOCATOR_KEYS: Final[dict[str, Key]] = {
     "granule": Key("t", "Bytes of the physically contiguous, naturally aligned pieces that its memory consists of."),
     "contiguous": Key("b", "Whether a whole buffer is one physically contiguous run."),
     "address_bits": Key("u", "Bits of its physical addresses, where that is known."),
-    "cache": Key("s", "Cache attribute of its CPU mappings."),
+    "cache": Key("s", "Cache attribute of its CPU mappings, unless another is asked for that is among caches."),
+    "caches": Key("as", "Every cache attribute that can be had of it."),
     "cache_evidence": Key("s", "How that is known: default, driver, probe or measured."),
     "accounting": Key(
         "s",
