@@ -82,11 +82,13 @@ class App:
         self._udmabuf = UdmabufAllocator(Path(config.udmabuf.device), Path(config.udmabuf.parameters))
         known = database.load()
         # Watched before anything is looked at, so that no device can appear unseen between the two.
-        self._monitor = DeviceMonitor(self._device_event)
+        self._monitor = DeviceMonitor(self._device_event, udmabuf=Path(config.udmabuf.device).name)
         self._devices = DeviceFinder(self._lookups.submit, known, self._monitor)
         self._allocators = Allocators(config, self._udmabuf, self._workers.submit, known)
         self._identity = Identity()
-        self._custody = Custody(ledger, limits.max_buffers, self._store, self._workers, self._prover, inherited)
+        self._custody = Custody(
+            ledger, limits.max_buffers, self._store, self._workers, self._prover, inherited, self._udmabuf.maps
+        )
         headroom = Headroom()
         maker = Maker(
             self._custody, Admission(headroom.read, free_fds, headroom.shared_memory), self._store, self._workers

@@ -166,7 +166,8 @@ def use_pipes(trap: Trap) -> None:
 
     def probe(self: Any) -> bool:
         if self._device is None:
-            self._device = OwnedFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+            stand_in = OwnedFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+            self._device = udmabuf_allocator.Device(stand_in, "", frozenset())
         return True
 
     def allocate(_self: Any, request: Any, name: str, _populate: Any) -> memory.Memory:

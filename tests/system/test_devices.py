@@ -144,6 +144,20 @@ async def test_others_are_not(source: ScriptedSource) -> None:
         assert heard.queue.empty()
 
 
+async def test_the_device_that_is_configured_is_watched(source: ScriptedSource) -> None:
+    """In the place of the kernel's own, also when events were lost."""
+    heard = Heard()
+    other = Device(sys_name="udmabuf_cache", device_node="/dev/udmabuf_cache")
+    source.devices = [Device(), other]
+    with DeviceMonitor(heard, udmabuf="udmabuf_cache", source=source) as monitor:
+        assert monitor.nodes == {"/dev/udmabuf_cache"}
+        source.give(Device("change"), Device("change", sys_name="udmabuf_cache", device_node="/dev/udmabuf_cache"))
+        assert await heard.next() == ("change", "/dev/udmabuf_cache")
+        source.give(OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS)))
+        assert await heard.next() == ("add", "/dev/udmabuf_cache")
+        assert heard.queue.empty()
+
+
 async def test_a_present_device_is_known_from_the_start(source: ScriptedSource) -> None:
     source.devices = [Device()]
     with DeviceMonitor(Heard(), source=source) as monitor:

@@ -29,9 +29,9 @@ class MadeUpAllocator:
         self._life = life
         life.pool.add(self)
 
-    def match(self, request: Request) -> tuple[Refusal, ...]:
+    def match(self, request: Request, capabilities: Capabilities | None = None) -> tuple[Refusal, ...]:
         """See core.matching."""
-        return refusals(self.name, self.capabilities, request, lambda: None)
+        return refusals(self.name, capabilities or self.capabilities, request, lambda: None)
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         """Make something."""

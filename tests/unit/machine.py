@@ -40,11 +40,11 @@ from udmabufd.core.memory import Memory
 from udmabufd.core.placement import Placement
 from udmabufd.core.pool import Pool
 from udmabufd.core.service import Service
-from udmabufd.core.spec import PAGE_SIZE
+from udmabufd.core.spec import PAGE_SIZE, Request
 from udmabufd.core.store import STATE_NAME
-from udmabufd.core.udmabuf_allocator import UdmabufAllocator
+from udmabufd.core.udmabuf_allocator import Exported, UdmabufAllocator
 from udmabufd.core.workers import Workers
-from udmabufd.linux import dmabuf, fdstat, memfd, selftest, udmabuf
+from udmabufd.linux import cacheprobe, dmabuf, fdstat, memfd, selftest, udmabuf
 from udmabufd.linux.headroom import Room
 from udmabufd.linux.udmabuf import Item
 from udmabufd_base.fd import OwnedFd
@@ -82,7 +82,9 @@ class Killed(BaseException):
 
 
 class Machine:
-    """See the module. `inodes` of its dma-bufs lead to (size, inode of the memfd that each was made of)."""
+    """See the module. `inodes` of its dma-bufs lead to (size, inode of the memfd that each was made of); `flags` is
+    what its driver was told, which may be of cache attributes only where it `honours_flags`.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -98,6 +100,8 @@ class Machine:
         self.store_errors: list[OSError] = []
         self.opened: list[OwnedFd] = []
         self.devices = MadeUpDevices()
+        self.honours_flags = False
+        self.flags: list[int] = []
 
     def effect(self, what: str) -> None:
         """Take notice that something outside of the service has been changed; perhaps it ends now."""
@@ -133,13 +137,21 @@ class Machine:
 
     # What the driver and the kernel answer.
 
-    def create(self, device: int, fd: int, offset: int, size: int) -> OwnedFd:
+    def create(self, device: int, fd: int, offset: int, size: int, flags: int, *_: object) -> OwnedFd:
         """UDMABUF_CREATE."""
+        self._take(flags)
         return self.export(size, os.fstat(fd).st_ino)
 
-    def create_list(self, device: int, items: Sequence[Item]) -> OwnedFd:
+    def create_list(self, device: int, items: Sequence[Item], flags: int, *_: object) -> OwnedFd:
         """UDMABUF_CREATE_LIST."""
+        self._take(flags)
         return self.export(sum(item.size for item in items))
+
+    def _take(self, flags: int) -> None:
+        cache = flags & ~udmabuf.UDMABUF_FLAGS_CLOEXEC
+        assert flags - cache == udmabuf.UDMABUF_FLAGS_CLOEXEC
+        assert cache in ((0x02, 0x04, 0x08) if self.honours_flags else (0,))
+        self.flags.append(flags)
 
     def fdinfo(self, fd: int) -> dmabuf.Fdinfo:
         """What fdinfo tells of a dma-buf."""
@@ -287,6 +299,7 @@ class Life:
             self.workers,
             prover or self.workers,
             self._inherited,
+            self.udmabuf.maps,
         )
         self._state = self.custody.registry.recorder.state
         assert len(before) <= 1
@@ -389,8 +402,8 @@ class _Udmabuf(UdmabufAllocator):
         self._made.append(super().allocate(*args, **kwargs))
         return self._made[-1]
 
-    def export_list(self, items: Sequence[Item]) -> OwnedFd:
-        return super().export_list(items)
+    def export_list(self, items: Sequence[Item], request: Request | None = None) -> Exported:
+        return super().export_list(items, request)
 
     def _limits(self) -> udmabuf.Limits:
         return udmabuf.DEFAULT_LIMITS
@@ -421,7 +434,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     """Put `machine` in the place of the kernel's udmabuf and of the state's system calls."""
     patch.setattr(udmabuf, "create", machine.create)
     patch.setattr(udmabuf, "create_list", machine.create_list)
-    patch.setattr(selftest, "check", lambda device: None)
+    patch.setattr(selftest, "check", lambda device: "udmabuf")
+    patch.setattr(cacheprobe, "honours_cache_flags", lambda device: machine.honours_flags)
     patch.setattr(selftest, "single_fallocate_flaw", lambda device: False)
     patch.setattr(dmabuf, "set_name", machine.set_name)
     patch.setattr(dmabuf, "fdinfo", machine.fdinfo)

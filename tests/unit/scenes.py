@@ -128,7 +128,10 @@ def facts(buffer: Buffer) -> tuple[object, ...]:
         [(a.number, a.holder.name, a.wish, a.pins) for a in buffer.attachments.values()],
         [(holder.name, holder.owner, count) for holder, count in buffer.shares.items()],
         memory
-        and (memory.allocator, memory.inode, memory.device, memory.memfd_inode, memory.cache, memory.needs_sync),
+        and (
+            *(memory.allocator, memory.inode, memory.device, memory.memfd_inode),
+            *(memory.cache, memory.evidence, memory.needs_sync),
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from udmabufd.core.memfd_allocator import MemfdAllocator
 from udmabufd.core.memory import Accounting
 from udmabufd.core.spec import PAGE_SIZE, Request
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
-from udmabufd.linux import dmabuf, memfd, selftest, udmabuf
+from udmabufd.linux import cacheprobe, dmabuf, memfd, selftest, udmabuf
 from udmabufd.linux.udmabuf import Item
 from udmabufd_base.fd import OwnedFd
 
@@ -24,7 +24,9 @@ MIB = 1 << 20
 
 
 class Driver:
-    """In the place of /dev/udmabuf: exports a duplicate of the memfd, notes the items, and may refuse."""
+    """In the place of /dev/udmabuf, the kernel's own: exports a duplicate of the memfd, notes the items, and may
+    refuse. No call of it may have another flag than CLOEXEC.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, parameters: Path) -> None:
         self.asked: list[tuple[str, list[Item]]] = []
@@ -34,7 +36,8 @@ class Driver:
         self.limit(1024, 64)
         monkeypatch.setattr(udmabuf, "create", self.create)
         monkeypatch.setattr(udmabuf, "create_list", self.create_list)
-        monkeypatch.setattr(selftest, "check", lambda device: None)
+        monkeypatch.setattr(selftest, "check", lambda device: "udmabuf")
+        monkeypatch.setattr(cacheprobe, "honours_cache_flags", lambda device: False)
         monkeypatch.setattr(selftest, "single_fallocate_flaw", self.single_fallocate_flaw)
         monkeypatch.setattr(dmabuf, "set_name", lambda fd, name: None)
         monkeypatch.setattr(
@@ -46,10 +49,12 @@ class Driver:
         (self.parameters / "list_limit").write_text(f"{items}\n")
         (self.parameters / "size_limit_mb").write_text(f"{mib}\n")
 
-    def create(self, device: int, fd: int, offset: int, size: int) -> OwnedFd:
+    def create(self, device: int, fd: int, offset: int, size: int, flags: int, *_: object) -> OwnedFd:
+        assert flags == 1
         return self._answer("create", [Item(fd, offset, size)])
 
-    def create_list(self, device: int, items: Sequence[Item]) -> OwnedFd:
+    def create_list(self, device: int, items: Sequence[Item], flags: int, *_: object) -> OwnedFd:
+        assert flags == 1
         return self._answer("create_list", list(items))
 
     def single_fallocate_flaw(self, device: int) -> bool:
@@ -138,15 +143,15 @@ def test_lists(driver: Driver, allocator: UdmabufAllocator) -> None:
     assert allocator.probe()
     with memfd.create("items", SIZE) as fd:
         items = [Item(fd.fileno(), 0, PAGE_SIZE), Item(fd.fileno(), 2 * PAGE_SIZE, PAGE_SIZE)]
-        allocator.export_list(items).close()
+        allocator.export_list(items).dma_buf.close()
         driver.limit(0, 64)
-        allocator.export_list(items[:1]).close()
+        allocator.export_list(items[:1]).dma_buf.close()
         driver.limit(1, 64)
         assert driver.asked == [("create_list", items), ("create", items[:1])]
         with pytest.raises(KernelLimit, match="^ranges: 2 exceed .* list_limit of 1;"):
             allocator.export_list(items)
         driver.limit(-1, 64)
-        allocator.export_list(items).close()
+        allocator.export_list(items).dma_buf.close()
         driver.limit(1024, 1)
         with pytest.raises(KernelLimit, match=f"^size: {MIB + PAGE_SIZE} bytes exceed .* size_limit_mb of 1;"):
             allocator.export_list([Item(fd.fileno(), 0, MIB), Item(fd.fileno(), 0, PAGE_SIZE)])

@@ -21,9 +21,10 @@ from tests.unit.heaps import MadeUpAllocator
 from tests.unit.machine import Killed, Life, clients_memfd, path_of
 from tests.unit.scenes import ALICE, BOB, EVE, ID, SIZE, UIDS, Play, World, facts
 from tests.unit.time_loop import TimeLoop, at_rest
+from udmabufd.bus import info
 from udmabufd.core import recovery, restore
 from udmabufd.core.buffer import Buffer
-from udmabufd.core.errors import NoSuchBuffer, NotSupported, QuotaExceeded, UdmabufUnavailable
+from udmabufd.core.errors import Busy, NoSuchBuffer, NotSupported, QuotaExceeded, UdmabufUnavailable
 from udmabufd.core.events import Event
 from udmabufd.core.ledger import Owner, Resource
 from udmabufd.core.limits import Limits
@@ -554,20 +555,23 @@ class Held(Hold):
         self.closed = True
 
 
+@pytest.mark.parametrize("device", ["stock", "honours", "gone"])
 @pytest.mark.parametrize(
-    ("exporter", "allocator", "accounting", "cache"),
+    ("exporter", "allocator", "accounting"),
     [
-        ("drm", "dumb:unknown", Accounting.SERVICE, Cache.UNCACHED),
-        ("system", "heap:system", Accounting.SYSTEM, Cache.UNCACHED),
-        ("udmabuf", "wrapped", Accounting.CLIENT, Cache.CACHED),
+        ("drm", "dumb:unknown", Accounting.SERVICE),
+        ("system", "heap:system", Accounting.SYSTEM),
+        ("udmabuf", "wrapped", Accounting.CLIENT),
+        ("udmabuf_cache", "wrapped", Accounting.CLIENT),
     ],
 )
 def test_a_dma_buf_without_a_record_is_of_whom_its_exporter_tells(
-    play: Play, monkeypatch: pytest.MonkeyPatch, exporter: str, allocator: str, accounting: Accounting, cache: Cache
+    play: Play, monkeypatch: pytest.MonkeyPatch, exporter: str, allocator: str, accounting: Accounting, device: str
 ) -> None:
-    """A dumb buffer's pages would be dropped as clean ones while nobody maps it, and how they are mapped is not known
-    any more.
+    """A dumb buffer's pages would be dropped as clean ones while nobody maps it. How it is mapped is not known any
+    more but where all of the present device are alike, and then no device's demand for an attribute is met.
     """
+    known = (exporter, device) == ("udmabuf", "stock")
     held: list[Held] = []
 
     def hold(fd: int, size: int) -> Held:
@@ -586,14 +590,26 @@ def test_a_dma_buf_without_a_record_is_of_whom_its_exporter_tells(
         with monkeypatch.context() as patch:
             # Its own way to look at it, by which what is left is told apart from what is not.
             patch.setattr(dmabuf, "fdinfo", lambda number: replace(fdinfo(number), exporter=exporter))
+            world.machine.honours_flags = device == "honours"
             await world.again()
+            if device == "gone":
+                world.life.udmabuf.close()
             (row,) = await world.life.custody.recover(False, world.machine.bus_id, world.names, 0)
             found = await world.life.service.import_fd(world.holder(BOB), fd)
             for _ in range(2):
                 assert found.memory is not None
                 assert (row["inode"], found.memory.inode) == (inode, inode)
                 assert (found.memory.allocator, found.memory.accounting) == (allocator, accounting)
-                assert found.memory.cache is cache
+                told = {key: variant.value for key, variant in info.info(found).items() if key.startswith("cache_")}
+                claim = {"cache_effective": "cached", "cache_evidence": "default"} if known else {}
+                assert told == {"cache_requested": "cached"} | claim
+                for cache in Cache:
+                    world.machine.devices.come(f"only-{cache}", cache=[str(cache)])
+                    if known and cache is Cache.CACHED:
+                        await world.detach(found, (await world.attach(found, f"only-{cache}", BOB)).number, BOB)
+                        continue
+                    with pytest.raises(Busy, match="^cache: "):
+                        await world.attach(found, f"only-{cache}", BOB)
                 if exporter == "drm":
                     # And when it is recorded, the next life does the same.
                     assert found.memory.hold is held[-1]

@@ -14,15 +14,17 @@ import pytest
 from udmabufd import allocators
 from udmabufd.allocators import Allocators
 from udmabufd.config import Config, DrmConfig
-from udmabufd.core.database import Database
+from udmabufd.core.database import Database, DumbFacts
 from udmabufd.core.device import NoDevices
+from udmabufd.core.dumb_allocator import DumbAllocator
 from udmabufd.core.events import Event
-from udmabufd.core.heap_allocator import HeapAllocator
+from udmabufd.core.heap_allocator import HeapAllocator, HeapRoles
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
 from udmabufd.core.workers import Workers
-from udmabufd.linux import dma_heap, dmabuf, memfd
+from udmabufd.linux import boot, dma_heap, dmabuf, memfd
 from udmabufd.system.devices import DeviceEvent
 from udmabufd_base.fd import OwnedFd
+from udmabufd_client.contract import Cache
 
 
 def heap(name: str) -> DeviceEvent:
@@ -120,6 +122,27 @@ async def test_a_heap_comes_and_goes(made: Allocators, heaps: Heaps, told: list[
     assert (heaps_of(made), told) == ([], [(Event.ALLOCATOR_GONE, "heap:system")])
     await follow(made, "add", heap("system"))
     assert (heaps_of(made), told[1:]) == (["heap:system"], [(Event.ALLOCATOR_ADDED, "heap:system")])
+
+
+async def test_no_file_is_read_where_calls_are_served(
+    made: Allocators, heaps: Heaps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What memory is like depends on files of /proc and /boot: they are a worker's to read."""
+    readers: list[threading.Thread] = []
+
+    def read() -> bool:
+        readers.append(threading.current_thread())
+        return True
+
+    monkeypatch.setattr(boot, "write_combining", read)
+    monkeypatch.setattr(dma_heap, "accounted", read)
+    allocator = HeapAllocator(Path("/dev/dma_heap/system-uncached"), HeapRoles(write_combine=("*",)))
+    assert not allocator.capabilities.obtainable
+    DumbAllocator(Path("/dev/dri/card0"), DumbFacts(Cache.WRITE_COMBINE, False, "a test"))
+    assert not readers
+    await follow(made, "add", heap("system"))
+    assert readers
+    assert threading.current_thread() not in readers
 
 
 async def test_one_that_cannot_be_used_is_looked_at_again(made: Allocators, heaps: Heaps) -> None:

@@ -407,6 +407,7 @@ def capabilities() -> st.SearchStrategy[Capabilities]:
         address_bits=st.none() | st.integers(12, 64),
         size_step=st.sampled_from((PAGE_SIZE, 1 << 21)),
         cache=st.sampled_from(Cache),
+        caches=st.frozensets(st.sampled_from(Cache)),
     )
 
 

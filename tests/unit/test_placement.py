@@ -7,6 +7,7 @@ What of memory that is there suits which device is in test_attaching.py.
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from udmabufd.core.placement import DEVICE_NAME_MAX, Placement
 from udmabufd.core.pool import Pool
 from udmabufd.core.spec import PAGE_SIZE, Request
 from udmabufd.linux import fill, memfd
-from udmabufd_client.contract import MAX_ATTACHMENTS, Kind
+from udmabufd_client.contract import MAX_ATTACHMENTS, Cache, Kind
 
 MIB = 1 << 20
 UID = 1000
@@ -42,8 +43,8 @@ class Allocator:
         self.capabilities = Capabilities(**{"kind": Kind.DMA_BUF, **capabilities})
         self.asked: list[tuple[Request, str, Populate]] = []
 
-    def match(self, request: Request) -> tuple[Refusal, ...]:
-        return refusals(self.name, self.capabilities, request, lambda: None)
+    def match(self, request: Request, capabilities: Capabilities | None = None) -> tuple[Refusal, ...]:
+        return refusals(self.name, capabilities or self.capabilities, request, lambda: None)
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         self.asked.append((request, name, populate))
@@ -283,7 +284,7 @@ def test_what_is_checked_is_what_has_sources(placement: Placement) -> None:
         ):
             request = Request.from_spec({"size": size, "constraints": constraints})
             explained = placement.pool.explain(lambda request=request: request)  # type: ignore[misc]
-            suitable = [allocator.name for allocator, found in explained if not found]
+            suitable = [row.allocator.name for row in explained if not row.refusals]
             if suitable:
                 placement.check(request)
                 assert [source.name for source in placement.sources(request)([])] == suitable
@@ -322,3 +323,16 @@ def test_memory_of_the_callers_own(placement: Placement, constraints: dict[str, 
         return
     with pytest.raises(NoAllocator, match=text):
         placement.check_wrapped(request, size)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_how_the_callers_own_is_mapped(pool: Pool, devices: MadeUpDevices, known: bool) -> None:
+    """Cached, if the device that exports it is one of which that is known."""
+    if not known:
+        pool.add(Allocator("udmabuf", cache=None, evidence=None))
+    placement = Placement(pool, devices)
+    placement.check_wrapped(Request.from_spec({"size": PAGE_SIZE}).wrapping(), PAGE_SIZE)
+    for cache in Cache:
+        request = Request.from_spec({"size": PAGE_SIZE, "constraints": {"cache": [str(cache)]}}).wrapping()
+        with nullcontext() if known and cache is Cache.CACHED else pytest.raises(NoAllocator, match="^cache: "):
+            placement.check_wrapped(request, PAGE_SIZE)

@@ -25,7 +25,7 @@ from udmabufd.core.memory import Memory
 from udmabufd.core.pool import Pool, allocate_all
 from udmabufd.core.spec import PAGE_SIZE, Request
 from udmabufd.linux import memfd
-from udmabufd_client.contract import Kind
+from udmabufd_client.contract import Cache, Kind
 
 REQUEST = Request.from_spec({"size": 1})
 ORDER = ("udmabuf", "udmabuf-2M", "heap:cma*", "heap:*", "dumb:*", "memfd")
@@ -57,7 +57,7 @@ class Stub:
         self.closed = 0
         self.judged = 0
 
-    def match(self, request: Request) -> tuple[Refusal, ...]:
+    def match(self, request: Request, capabilities: Capabilities | None = None) -> tuple[Refusal, ...]:
         assert request.size
         self.judged += 1
         return self.refusals
@@ -210,10 +210,11 @@ def test_what_is_explained_is_what_is_done() -> None:
     for chosen in itertools.product(answers, repeat=3):
         pool = pool_of(*(Stub(name, each) for name, each in zip(("udmabuf", "heap:a", "memfd"), chosen, strict=True)))
         explained = pool.explain(lambda: REQUEST)
-        assert [(allocator.name, list(refusals)) for allocator, refusals in explained] == list(
+        assert [(row.allocator.name, list(row.refusals)) for row in explained] == list(
             zip(pool.names, chosen, strict=True)
         )
-        suitable = [allocator for allocator, refusals in explained if not refusals]
+        assert {row.cache for row in explained} == {Cache.CACHED}
+        suitable = [row.allocator for row in explained if not row.refusals]
         if suitable:
             assert list(pool.select(REQUEST)) == suitable
         else:
@@ -228,8 +229,8 @@ def test_demands_that_exclude_each_other_are_each_allocators_refusal() -> None:
         Demand("camera", Constraints.from_values({"allocators": ["heap:*"]})),
     ]
     rows = pool.explain(lambda: REQUEST.under(demands))
-    assert [allocator.name for allocator, _ in rows] == ["udmabuf", "heap:a"]
-    for _, (found,) in rows:
+    assert [(row.allocator.name, row.cache) for row in rows] == [("udmabuf", None), ("heap:a", None)]
+    for _, (found,), *_ in rows:
         assert (found.field, found.device) == ("allocators", "gpu")
         assert found.reason == "udmabuf, demanded by gpu, and heap:*, demanded by camera, have none in common"
         assert found.remedy == "use separate buffers for gpu and camera"

@@ -62,8 +62,8 @@ class Source:
     def max_size(self) -> int:
         return 0 if self.unavailable else 64 * MIB
 
-    def match(self, request: Request) -> tuple[Refusal, ...]:
-        unsuitable = refusals(self.name, self.capabilities, request, lambda: 36)
+    def match(self, request: Request, capabilities: Capabilities | None = None) -> tuple[Refusal, ...]:
+        unsuitable = refusals(self.name, capabilities or self.capabilities, request, lambda: 36)
         return unsuitable or ((self.circumstance,) if self.circumstance else ())
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
@@ -229,7 +229,9 @@ def test_one_that_suits_is_enough() -> None:
     pool = Pool(ORDER, [udmabuf(LIMIT), huge(NO_POOL), heap("reserved", contiguous=True), heap("system"), card()])
     assert names(pool, request(CONTIGUOUS)) == ["heap:reserved"]
     assert names(pool, request(cache="write-combine", cache_policy="require")) == ["dumb:card0"]
-    assert names(pool, request(cache="write-combine")) == ["heap:reserved", "heap:system", "dumb:card0"]
+    # Who gives what is preferred comes first, the others all the same.
+    assert names(pool, request(cache="write-combine")) == ["dumb:card0", "heap:reserved", "heap:system"]
+    assert names(pool, request(cache="uncached")) == ["heap:reserved", "heap:system", "dumb:card0"]
     assert names(pool, request(allocator="heap:system")) == ["heap:system"]
 
 
@@ -255,7 +257,7 @@ def test_one_that_suits_is_enough() -> None:
         {},
         optional={
             "kind": st.just("memfd"),
-            "cache": st.just("write-combine"),
+            "cache": st.sampled_from(("write-combine", "uncached", "cached")),
             "cache_policy": st.just("require"),
         },
     ),
@@ -270,13 +272,20 @@ def test_explain_and_select_agree(
     pool = Pool(ORDER, sources)
     asked = request(*demands, **spec)
     verdicts = pool.explain(lambda: asked)
-    assert [allocator.name for allocator, _ in verdicts] == [allocator.name for allocator in pool.allocators]
-    suitable = [allocator for allocator, found in verdicts if not found]
+    # In the order of the configuration, but whose memory would be as asked for comes first.
+    as_asked = [row.cache is asked.cache for row in verdicts]
+    assert as_asked == sorted(as_asked, reverse=True)
+    for like in (True, False):
+        of_a_kind = [row.allocator for row in verdicts if (row.cache is asked.cache) is like]
+        assert of_a_kind == [allocator for allocator in pool.allocators if allocator in of_a_kind]
+    assert {row.allocator.name for row in verdicts} == {allocator.name for allocator in pool.allocators}
+    assert len(verdicts) == len(pool.allocators)
+    suitable = [row.allocator for row in verdicts if not row.refusals]
     try:
         assert list(pool.select(asked)) == suitable
     except AllocatorError as error:
         assert not suitable
-        told = [refusal.error for _, found in verdicts for refusal in found[:1]]
+        told = [refusal.error for row in verdicts for refusal in row.refusals[:1]]
         assert type(error) in {NoAllocator, *map(type, told)}
 
 
@@ -284,8 +293,9 @@ def test_explain_tells_whose_demands_exclude_each_other() -> None:
     pool = Pool(ORDER, [udmabuf(), memfd()])
     demands = [demand("gpu", cache=["cached"]), demand("camera", cache=["uncached"])]
     verdicts = pool.explain(lambda: request(*demands))
-    assert [allocator.name for allocator, _ in verdicts] == ["udmabuf", "memfd"]
-    for _, (refusal,) in verdicts:
+    assert [row.allocator.name for row in verdicts] == ["udmabuf", "memfd"]
+    for _, (refusal,), *cache in verdicts:
+        assert cache == [None, None]
         assert (refusal.field, refusal.device) == ("cache", "gpu")
         assert isinstance(refusal.error, IncompatibleConstraints)
         assert "camera" in refusal.reason

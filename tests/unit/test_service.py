@@ -342,7 +342,7 @@ async def test_what_is_explained_is_what_would_be_done(world: World) -> None:
         ({"size": 1, "devices": ["picky"]}, "kind"),
         ({"size": 1, "devices": ["picky"], "constraints": {"alignment": (1 << 64) - 1}}, "alignment"),
     ):
-        ((_, refusals),) = await world.service.explain(world.alice, spec)
+        ((_, refusals, *_),) = await world.service.explain(world.alice, spec)
         assert refusals[0].field == field
         with pytest.raises(AllocatorError):
             await world.service.allocate(world.alice, spec)

@@ -18,10 +18,12 @@ import pytest
 from udmabufd.core import wrap
 from udmabufd.core.errors import AccessDenied, AllocatorError, BadMemfd, InvalidSpec, KernelLimit, OutOfMemory
 from udmabufd.core.memory import Memory
-from udmabufd.core.udmabuf_allocator import UdmabufAllocator
+from udmabufd.core.spec import Request
+from udmabufd.core.udmabuf_allocator import Exported, UdmabufAllocator
 from udmabufd.linux import dmabuf, memfd
 from udmabufd.linux.udmabuf import Item
 from udmabufd_base.fd import OwnedFd
+from udmabufd_client.contract import Cache, CacheEvidence
 
 PAGE = os.sysconf("SC_PAGESIZE")
 LENGTH = 8 * PAGE
@@ -51,11 +53,13 @@ class Recorder(UdmabufAllocator):
         self.exported: list[list[Item]] = []
         self.error: Exception | None = None
 
-    def export_list(self, items: Sequence[Item]) -> OwnedFd:
+    def export_list(self, items: Sequence[Item], request: Request | None = None) -> Exported:
+        assert request is None, "what a client has mapped itself is cached, whatever is asked for"
         self.exported.append(list(items))
         if self.error:
             raise self.error
-        return memfd.create("exported", sum(item.size for item in items))
+        made = memfd.create("exported", sum(item.size for item in items))
+        return Exported(made, "udmabuf", Cache.CACHED, CacheEvidence.DEFAULT)
 
 
 @pytest.fixture

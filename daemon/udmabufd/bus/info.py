@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any
 
 from udmabufd.bus.values import wrap
 from udmabufd.core.allocator import Allocator
 from udmabufd.core.buffer import Buffer, Holder
 from udmabufd.core.device import Device
-from udmabufd.core.pool import Verdict
+from udmabufd.core.pool import Explained
 from udmabufd_base.codec import Variant
 from udmabufd_client.contract import (
     ALLOCATOR_TYPES,
@@ -24,6 +25,11 @@ from udmabufd_client.contract import (
 
 MODIFIER_LINEAR = 0
 """DRM_FORMAT_MOD_LINEAR of include/uapi/drm/drm_fourcc.h."""
+
+
+def _value(member: StrEnum | None) -> str | None:
+    """Return what is told of `member`, None for a key that does not apply."""
+    return None if member is None else member.value
 
 
 def _plain(buffer: Buffer) -> dict[str, Any]:
@@ -47,8 +53,8 @@ def _plain(buffer: Buffer) -> dict[str, Any]:
     if memory is not None:
         values |= {
             "allocator": memory.allocator,
-            "cache_effective": memory.cache.value,
-            "cache_evidence": memory.evidence.value,
+            "cache_effective": _value(memory.cache),
+            "cache_evidence": _value(memory.evidence),
             "needs_sync": memory.needs_sync,
             "serial": buffer.serial,
             "inode": memory.inode,
@@ -98,17 +104,18 @@ def attachments(buffer: Buffer, asking: Holder) -> list[dict[str, Variant]]:
     ]
 
 
-def verdict(of: Verdict) -> dict[str, Variant]:
+def verdict(of: Explained) -> dict[str, Variant]:
     """Return a row of Explain."""
-    allocator, refusals = of
-    row: dict[str, Any] = {"allocator": allocator.name, "ok": not refusals}
-    for refusal in refusals[:1]:
+    row: dict[str, Any] = {"allocator": of.allocator.name, "ok": not of.refusals}
+    for refusal in of.refusals[:1]:
         row |= {
             "field": refusal.field,
             "device": refusal.device,
             "reason": refusal.reason,
             "remedy": refusal.remedy,
         }
+    if not of.refusals:
+        row |= {"cache_effective": _value(of.cache), "cache_evidence": _value(of.evidence)}
     return wrap(row, VERDICT_TYPES)
 
 
@@ -145,8 +152,9 @@ def allocator_row(allocator: Allocator) -> dict[str, Variant]:
             "granule": capabilities.granule,
             "contiguous": capabilities.contiguous,
             "address_bits": capabilities.address_bits,
-            "cache": capabilities.cache.value,
-            "cache_evidence": capabilities.evidence.value,
+            "cache": _value(capabilities.cache),
+            "caches": sorted(capabilities.obtainable),
+            "cache_evidence": _value(capabilities.evidence),
             "accounting": capabilities.accounting.value,
             "free": allocator.free,
             "sources": dict(capabilities.sources),

@@ -25,7 +25,8 @@ class Capabilities:
     `granule` (bytes, a power of two) is the size of the physically contiguous and naturally aligned pieces that it
     consists of; `contiguous` that a whole buffer is one run, aligned to the granule; `address_bits` how many bits its
     physical addresses have at most, None for those of the machine's memory. Sizes are multiples of `size_step` bytes.
-    `cache` is what CPU mappings are, `evidence` how that is known. `sources` tells, by key of the contract's
+    `cache` is what CPU mappings are unless another attribute is asked for that is among `caches`; `evidence` how that
+    is known; both None where nothing is. `sources` tells, by key of the contract's
     ALLOCATOR_KEYS, where a figure is known from.
     """
 
@@ -34,10 +35,16 @@ class Capabilities:
     contiguous: bool = False
     address_bits: int | None = None
     size_step: int = PAGE_SIZE
-    cache: Cache = Cache.CACHED
-    evidence: CacheEvidence = CacheEvidence.DEFAULT
+    cache: Cache | None = Cache.CACHED
+    caches: frozenset[Cache] = frozenset()
+    evidence: CacheEvidence | None = CacheEvidence.DEFAULT
     accounting: Accounting = Accounting.SERVICE
     sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def obtainable(self) -> frozenset[Cache]:
+        """Every cache attribute that can be had."""
+        return self.caches if self.cache is None else self.caches | {self.cache}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +93,9 @@ class Allocator(Protocol):
     def free(self) -> int | None:
         """Bytes left in its pool; None where it has none."""
 
-    def match(self, request: Request) -> tuple[Refusal, ...]:
-        """Return why it cannot serve `request`, the reason that decides first; nothing if it can.
+    def match(self, request: Request, capabilities: Capabilities | None = None) -> tuple[Refusal, ...]:
+        """Return why it cannot serve `request`, the reason that decides first; nothing if it can. `capabilities` are
+        those to judge by, read before; by default those that it has now.
 
         That a pool is empty shows only when allocating.
         """

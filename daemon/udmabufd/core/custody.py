@@ -21,7 +21,7 @@ from udmabufd.core.ledger import Ledger
 from udmabufd.core.lingering import Lingering
 from udmabufd.core.memory import Memory
 from udmabufd.core.records import of_bus
-from udmabufd.core.recovery import Former, row
+from udmabufd.core.recovery import Former, Maps, nothing_known, row
 from udmabufd.core.registry import Registry
 from udmabufd.core.requests import Requests
 from udmabufd.core.state import StateFile, Unreadable
@@ -44,10 +44,12 @@ class Custody:
         workers: Workers,
         prover: Workers,
         inherited: restore.Inherited,
+        maps: Maps = nothing_known,
     ) -> None:
         """`inherited` are the stored descriptors of the former run by name, which are consumed. `prover` is for what
-        takes long and hurries nobody. Raises OSError.
+        takes long and hurries nobody. `maps` is asked of exporters of which no record is left. Raises OSError.
         """
+        self._maps = maps
         self._store = store
         self._workers = workers
         self._inherited = inherited
@@ -231,7 +233,7 @@ class Custody:
             if state is not None and state.closed:
                 # It was opened; what it says makes no sense.
                 state = opened.fd
-            self._former = Former(state, self._inherited, str(error))
+            self._former = Former(state, self._inherited, str(error), self._maps)
             return StateFile.create()
         return opened
 

@@ -16,9 +16,9 @@ from typing import Final
 from udmabufd.core.allocator import Capabilities, Populate, Refusal
 from udmabufd.core.database import DumbFacts
 from udmabufd.core.errors import NoAllocator
-from udmabufd.core.matching import refusals
+from udmabufd.core.matching import decisive, refusals
 from udmabufd.core.memory import Accounting, Memory
-from udmabufd.core.node import Node, Unusable, describe, passing_shortage
+from udmabufd.core.node import NOTHING_KNOWN, Node, Unusable, describe, passing_shortage
 from udmabufd.core.spec import PAGE_SIZE, Request
 from udmabufd.linux import boot, drm
 from udmabufd.linux.addresses import highest_address_bits
@@ -47,7 +47,8 @@ class DumbAllocator:
         self.name = f"{DUMB_PREFIX}{path.name}"
         self._path = path
         self._facts = facts
-        self.capabilities = Capabilities(kind=Kind.DMA_BUF) if facts is None else dumb_capabilities(facts)
+        self.capabilities = NOTHING_KNOWN
+        """What its memory is like, as a probe has found out; nothing of one that is not used."""
         self._node = Node(self.name)
 
     @property
@@ -64,10 +65,10 @@ class DumbAllocator:
         """Open the card anew and make a small buffer; return whether it can be used. Blocks: for a worker thread."""
         return self._node.probe(self._open)
 
-    def match(self, request: Request) -> tuple[Refusal, ...]:
+    def match(self, request: Request, capabilities: Capabilities | None = None) -> tuple[Refusal, ...]:
         """Return why it does not suit `request`, or is not there."""
-        unsuitable = refusals(self.name, self.capabilities, request, highest_address_bits)
-        return unsuitable or tuple(filter(None, (self.unavailable, self._exceeds(request.size))))
+        unsuitable = refusals(self.name, capabilities or self.capabilities, request, highest_address_bits)
+        return decisive(unsuitable, self.unavailable) or tuple(filter(None, (self._exceeds(request.size),)))
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         """Make a dumb buffer of request.size bytes, which the kernel zeroes: `populate` is not called. Its pages are
@@ -88,6 +89,9 @@ class DumbAllocator:
         self._node.close()
 
     def _open(self) -> OwnedFd:
+        if self._facts is not None:
+            # Here, not when it is made: files are read for it.
+            self.capabilities = dumb_capabilities(self._facts)
         with ExitStack() as undo:
             card = undo.enter_context(drm.open_card(str(self._path)))
             _resign(card.fileno())

@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from udmabufd.core.allocator import Capabilities, Populate, Refusal
 from udmabufd.core.errors import OutOfMemory
-from udmabufd.core.matching import refusals
+from udmabufd.core.matching import decisive, refusals
 from udmabufd.core.memory import Accounting, Memory
-from udmabufd.core.node import Node, Unusable, describe, passing_shortage
+from udmabufd.core.node import NOTHING_KNOWN, Node, Unusable, describe, passing_shortage
 from udmabufd.core.spec import PAGE_SIZE, Request
 from udmabufd.linux import boot, dma_heap, dmabuf
 from udmabufd.linux.addresses import highest_address_bits
@@ -29,6 +29,10 @@ from udmabufd_base.fd import OwnedFd
 from udmabufd_client.contract import HEAP_PREFIX, Cache, CacheEvidence, Kind
 
 log = logging.getLogger(__name__)
+
+
+UNCACHED_BY_NAME: Final = ("system-uncached*", "cma-uncached*")
+"""The default, told by its identity from the same globs of an administrator, who knows the heap."""
 
 
 def _globs(default: tuple[str, ...], doc: str) -> Any:
@@ -51,8 +55,9 @@ class HeapRoles:
         "Heaps whose buffers are each one physically contiguous run.",
     )
     write_combine: tuple[str, ...] = _globs(
-        ("system-uncached*", "cma-uncached*"),
-        "Heaps that the CPU maps write-combined, as the kernels do that name some of them uncached.",
+        UNCACHED_BY_NAME,
+        "Heaps that the CPU maps write-combined, as the kernels do that name some of them uncached. The default is "
+        "believed on arm alone: on other machines what such a heap maps is not known, unless this key is set.",
     )
     uncached: tuple[str, ...] = _globs((), "Heaps that the CPU maps uncached.")
     bits32: tuple[str, ...] = _globs(
@@ -72,10 +77,16 @@ def heap_capabilities(heap: str, roles: HeapRoles) -> Capabilities | None:
         "cache": "the heaps of mainline Linux are mapped cached",
         "accounting": "the kernel charges memory of dma-heaps to no control group",
     }
-    cache, evidence = Cache.CACHED, CacheEvidence.DEFAULT
+    cache: Cache | None = Cache.CACHED
+    evidence: CacheEvidence | None = CacheEvidence.DEFAULT
     if _among(heap, roles.uncached):
         cache, evidence = Cache.UNCACHED, CacheEvidence.DRIVER
         sources["cache"] = "its name is among [heaps] uncached"
+    elif _among(heap, roles.write_combine) and roles.write_combine is UNCACHED_BY_NAME and not boot.is_arm():
+        # Such drivers write the attribute into page tables, and leave the kernel's other mapping of the pages cached:
+        # arm does as the page tables say, x86 as it knows of the pages (track_pfn_remap, arch/x86/mm/pat/memtype.c).
+        cache = evidence = None
+        del sources["cache"]
     elif _among(heap, roles.write_combine):
         combines = boot.write_combining()
         cache, evidence = Cache.WRITE_COMBINE if combines else Cache.UNCACHED, CacheEvidence.DRIVER
@@ -107,9 +118,9 @@ class HeapAllocator:
     def __init__(self, path: Path, roles: HeapRoles) -> None:
         self.name = f"{HEAP_PREFIX}{path.name}"
         self._path = path
-        self._known = heap_capabilities(path.name, roles)
-        # Of one that is not used there is nothing to tell.
-        self.capabilities = self._known or Capabilities(kind=Kind.DMA_BUF)
+        self._roles = roles
+        self.capabilities = NOTHING_KNOWN
+        """What its memory is like, as a probe has found out; nothing of one that is not used."""
         self._node = Node(self.name)
 
     @property
@@ -126,10 +137,10 @@ class HeapAllocator:
         """Open the heap anew and make a page of it; return whether it can be used. Blocks: for a worker thread."""
         return self._node.probe(self._open)
 
-    def match(self, request: Request) -> tuple[Refusal, ...]:
+    def match(self, request: Request, capabilities: Capabilities | None = None) -> tuple[Refusal, ...]:
         """Return why it does not suit `request`, or is not there."""
-        unsuitable = refusals(self.name, self.capabilities, request, highest_address_bits)
-        return unsuitable or tuple(filter(None, (self.unavailable, self._exceeds(request.size))))
+        unsuitable = refusals(self.name, capabilities or self.capabilities, request, highest_address_bits)
+        return decisive(unsuitable, self.unavailable) or tuple(filter(None, (self._exceeds(request.size),)))
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         """Have the kernel make request.size bytes, which it zeroes: `populate` is not called. Raises OSError,
@@ -148,7 +159,10 @@ class HeapAllocator:
         self._node.close()
 
     def _open(self) -> OwnedFd:
-        if self._known is None:
+        # Here, not when it is made: files are read for it.
+        known = heap_capabilities(self._path.name, self._roles)
+        self.capabilities = known or NOTHING_KNOWN
+        if known is None:
             raise Unusable(
                 "what memory of this dma-heap is like is not known",
                 "if it is known to you, name it in [heaps] system or contiguous of the configuration",

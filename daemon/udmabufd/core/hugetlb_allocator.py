@@ -15,10 +15,11 @@ from contextlib import ExitStack
 
 from udmabufd.core.allocator import Capabilities, Populate, Refusal
 from udmabufd.core.errors import NoAllocator, OutOfMemory
-from udmabufd.core.matching import refusals
+from udmabufd.core.matching import decisive, refusals
 from udmabufd.core.memory import Accounting, Memory
 from udmabufd.core.spec import MAX_SIZE, Request
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator, describe
+from udmabufd.core.udmabuf_device import Device, mapped_by
 from udmabufd.linux import hugepages, memfd, udmabuf
 from udmabufd.linux.addresses import highest_address_bits
 from udmabufd_client.contract import Kind
@@ -37,14 +38,13 @@ class HugetlbAllocator:
         pools: str | os.PathLike[str] = hugepages.DIRECTORY,
     ) -> None:
         self.name = name
-        self.capabilities = Capabilities(
+        self._capabilities = Capabilities(
             kind=Kind.DMA_BUF,
             granule=huge_page,
             size_step=huge_page,
             accounting=Accounting.POOL,
             sources={
                 "granule": "the size of its huge pages",
-                "cache": "udmabuf maps memory cached in every version of Linux",
                 "accounting": "huge pages are set aside by vm.nr_hugepages, and charged to no memory.max",
                 "free": hugepages.DIRECTORY,
             },
@@ -52,15 +52,21 @@ class HugetlbAllocator:
         self._huge_page = huge_page
         self._udmabuf = udmabuf
         self._pools = pools
-        self._not_exported = False
+        self._not_exported_by: Device | None = None
+        """The device that turned out not to export huge pages."""
         self._filling = threading.Lock()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What its memory is like: huge pages, mapped as asked by a device that honours the flags."""
+        return mapped_by(self._udmabuf.device, self._capabilities)
 
     @property
     def unavailable(self) -> Refusal | None:
         """Why it can serve nothing at present, with what to do, or None."""
         if (refusal := self._udmabuf.unavailable) is not None:
             return refusal
-        if self._not_exported:
+        if self._not_exported_by is not None and self._not_exported_by is self._udmabuf.device:
             return self._refusal("this kernel's udmabuf does not export huge pages", "it needs Linux 6.11")
         pool = self._pool()
         if pool is None:
@@ -83,19 +89,18 @@ class HugetlbAllocator:
         pool = self._pool()
         return None if pool is None else pool.available
 
-    def match(self, request: Request) -> tuple[Refusal, ...]:
+    def match(self, request: Request, capabilities: Capabilities | None = None) -> tuple[Refusal, ...]:
         """Return why it does not suit `request`, is not there, or why the driver or the whole pool could not serve."""
-        unsuitable = refusals(self.name, self.capabilities, request, highest_address_bits)
-        if unsuitable:
-            return unsuitable
-        if (gone := self.unavailable) is not None:
-            return (gone,)
+        unsuitable = refusals(self.name, capabilities or self.capabilities, request, highest_address_bits)
+        if decided := decisive(unsuitable, self.unavailable):
+            return decided
         size = self._real_size(request.size)
         return (*self._udmabuf.refusals(size, 1), *filter(None, (self._exceeds(size),)))
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         """Make a sealed memfd of whole huge pages, all taken from the pool, which zeroes them, and export it:
-        `populate` is not called. Raises OSError, KernelLimit, UdmabufUnavailable, OutOfMemory.
+        `populate` is not called. Raises OSError, KernelLimit, UdmabufUnavailable, CacheUnavailable, NoAllocator,
+        OutOfMemory.
         """
         size = self._real_size(request.size)
         with ExitStack() as undo:
@@ -104,16 +109,19 @@ class HugetlbAllocator:
             with self._filling:
                 hugepages.fill(fd.fileno(), size)
             memfd.add_seals(fd.fileno(), memfd.F_SEAL_SHRINK | memfd.F_SEAL_GROW)
+            # If another comes right now, this one is blamed for it, and the other is asked once more.
+            device = self._udmabuf.device
             try:
-                dma_buf = undo.enter_context(self._udmabuf.export_list([udmabuf.Item(fd.fileno(), 0, size)]))
+                exported = self._udmabuf.export_list([udmabuf.Item(fd.fileno(), 0, size)], request)
             except OSError as error:
                 if error.errno != errno.EBADFD:
                     raise
                 # Only now it shows. Another allocator may serve this call, and this one is not asked again.
-                self._not_exported = True
+                self._not_exported_by = device
                 log.warning("%s: udmabuf does not export huge pages: %s", self.name, error)
                 raise OutOfMemory(f"This kernel's udmabuf does not export huge pages of {self._huge_page}") from error
-            memory = describe(self.name, fd, dma_buf, size, name, self.capabilities.accounting)
+            undo.enter_context(exported.dma_buf)
+            memory = describe(exported, self.name, fd, size, name, self._capabilities.accounting)
             undo.pop_all()
         return memory
 

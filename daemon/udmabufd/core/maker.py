@@ -18,6 +18,7 @@ from udmabufd.core.buffer import Buffer
 from udmabufd.core.custody import Custody
 from udmabufd.core.errors import (
     AllocatorError,
+    CacheUnavailable,
     KernelLimit,
     NoAllocator,
     NoSuchBuffer,
@@ -40,7 +41,7 @@ Fill = Callable[[bool], list[Memory]]
 """Makes a memory for each buffer, or none, and raises; blocks. To be called with whether the limit is near, so that a
 child had better fill the memory."""
 
-_NEXT = (OutOfMemory, UdmabufUnavailable, KernelLimit, NoAllocator, NotSupported)
+_NEXT = (OutOfMemory, UdmabufUnavailable, KernelLimit, NoAllocator, NotSupported, CacheUnavailable)
 """What a source refuses with that another one need not: it has run out, has gone, or its kernel driver refused."""
 
 

@@ -16,7 +16,7 @@ from udmabufd.core.allocator import Capabilities, Refusal
 from udmabufd.core.constraints import Constraints, accepts
 from udmabufd.core.errors import CacheUnavailable, NoAllocator
 from udmabufd.core.spec import PAGE_SIZE, SPEC, Request
-from udmabufd_client.contract import UDMABUF_1G, UDMABUF_2M, CachePolicy
+from udmabufd_client.contract import UDMABUF_1G, UDMABUF_2M, Cache, CachePolicy
 
 _Found = Iterator[tuple[str, str, str, str]]
 """Field, device, reason and remedy of refusals."""
@@ -45,15 +45,45 @@ def refusals(
             _address_bits(capabilities, request, highest_address_bits),
             _alignment(capabilities, request),
             _segments(capabilities, request),
-            _cache(capabilities, request),
         )
         for field, device, reason, remedy in judged
     ]
-    if request.cache_policy is CachePolicy.REQUIRE and request.cache is not capabilities.cache:
-        reason = f"its memory is mapped {capabilities.cache}, and spec requires {request.cache}"
+    return (*found, *cache_refusals(allocator, capabilities, request))
+
+
+def cache_refusals(allocator: str, capabilities: Capabilities, request: Request) -> tuple[Refusal, ...]:
+    """Return those of refusals() that are about the cache attribute."""
+    found = [
+        Refusal(field, device, reason, remedy, NoAllocator(f"{field}: {allocator} does not suit: {reason}"))
+        for field, device, reason, remedy in _cache(capabilities, request)
+    ]
+    if request.cache_policy is CachePolicy.REQUIRE and effective_cache(capabilities, request) is not request.cache:
+        reason = f"{_caches(capabilities)}, and spec requires {request.cache}"
         error = CacheUnavailable(f"cache: {allocator} does not suit: {reason}")
         found.append(Refusal("cache", SPEC, reason, "ask with cache_policy prefer", error))
     return tuple(found)
+
+
+def decisive(unsuitable: tuple[Refusal, ...], unavailable: Refusal | None) -> tuple[Refusal, ...]:
+    """Return `unsuitable`, or `unavailable` where nothing but the cache attribute does not suit: of what is not there
+    it is not known.
+    """
+    if unavailable is not None and all(refusal.field == "cache" for refusal in unsuitable):
+        return (unavailable,)
+    return unsuitable
+
+
+def effective_cache(capabilities: Capabilities, request: Request) -> Cache | None:
+    """Return the cache attribute that memory for `request` would have: the one that is asked for, else the allocator's
+    usual one, else any that the constraints accept; None if they accept none of those that can be had, or where it is
+    not known.
+    """
+    accepted = request.merged.constraints.cache
+    usual: tuple[Cache, ...] = () if capabilities.cache is None else (capabilities.cache,)
+    for cache in (request.cache, *usual, *sorted(capabilities.caches)):
+        if cache in capabilities.obtainable and (accepted is None or cache in accepted):
+            return cache
+    return None
 
 
 def segments(size: int, capabilities: Capabilities, constraints: Constraints) -> int:
@@ -205,10 +235,16 @@ def _too_many(field: str, count: int, capabilities: Capabilities, request: Reque
 
 def _cache(capabilities: Capabilities, request: Request) -> _Found:
     accepted = request.merged.constraints.cache
-    if accepted is not None and capabilities.cache not in accepted:
+    if accepted is not None and effective_cache(capabilities, request) is None:
         device = request.merged.by["cache"]
-        reason = f"its memory is mapped {capabilities.cache}, and {device} accepts only {', '.join(sorted(accepted))}"
+        reason = f"{_caches(capabilities)}, and {device} accepts only {', '.join(sorted(accepted))}"
         yield "cache", device, reason, _without(device, "cache")
+
+
+def _caches(capabilities: Capabilities) -> str:
+    if not capabilities.obtainable:
+        return "how its memory is mapped is not known"
+    return f"its memory is mapped {' or '.join(sorted(capabilities.obtainable))}"
 
 
 def _without(device: str, field: str) -> str:

@@ -29,9 +29,9 @@ class MemfdAllocator:
     def __init__(self, max_size: int) -> None:
         self.max_size = min(max_size, MAX_SIZE)
 
-    def match(self, request: Request) -> tuple[Refusal, ...]:
+    def match(self, request: Request, capabilities: Capabilities | None = None) -> tuple[Refusal, ...]:
         """Return why it does not suit; sizes are the ledger's matter."""
-        return refusals(self.name, self.capabilities, request, highest_address_bits)
+        return refusals(self.name, capabilities or self.capabilities, request, highest_address_bits)
 
     def allocate(self, request: Request, name: str, populate: Populate) -> Memory:
         """Make a memfd of request.size bytes, sealed SHRINK, GROW and SEAL, and leave its pages to the client:

@@ -38,10 +38,11 @@ class Memory:
     """Backing of one buffer, of `size` bytes. `memfd` is never mapped and, beside a `dma_buf`, never handed out; only
     memory of memfds of the service's own has one.
 
-    `cache` and `evidence` say what CPU mappings really are and how that is known; `needs_sync` whether CPU access
-    needs the DMA_BUF_SYNC brackets to be correct. `device` (major, minor) and `inode` identify the file that clients
-    get. `accounting` says whom the kernel charges. `hold` is what keeps the pages of memory that the kernel would drop
-    while nobody uses it. `stored` is set while the store has a reference of its own to each descriptor.
+    `cache` and `evidence` say what CPU mappings really are and how that is known, None where it is not; `needs_sync`
+    whether CPU access needs the DMA_BUF_SYNC brackets to be correct. `device` (major, minor) and `inode` identify the
+    file that clients get. `accounting` says whom the kernel charges. `hold` is what keeps the pages of memory that the
+    kernel would drop while nobody uses it. `stored` is set while the store has a reference of its own to each
+    descriptor.
     """
 
     allocator: str
@@ -50,8 +51,8 @@ class Memory:
     dma_buf: OwnedFd | None
     device: tuple[int, int]
     inode: int
-    cache: Cache
-    evidence: CacheEvidence
+    cache: Cache | None
+    evidence: CacheEvidence | None
     needs_sync: bool
     stored: bool = False
     accounting: Accounting = Accounting.SERVICE

@@ -11,6 +11,7 @@ import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from udmabufd.core.allocator import Capabilities, Refusal
 from udmabufd.core.errors import NoAllocator
@@ -18,6 +19,7 @@ from udmabufd.core.memory import Memory
 from udmabufd.linux import dmabuf, fdstat
 from udmabufd.linux.hold import Hold
 from udmabufd_base.fd import OwnedFd
+from udmabufd_client.contract import Kind
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,10 @@ _HINTS = {
     errno.EPERM: ("the unit's device policy forbids it", "check DeviceAllow="),
     errno.ENODEV: ("the device has gone", ""),
 }
+
+
+NOTHING_KNOWN: Final = Capabilities(kind=Kind.DMA_BUF, cache=None, evidence=None)
+"""Of an allocator that was not probed, or is not used for want of knowledge of it."""
 
 
 class Unusable(Exception):

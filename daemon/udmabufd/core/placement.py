@@ -26,7 +26,7 @@ from udmabufd.core.pool import Pool, allocate_all
 from udmabufd.core.spec import Request
 from udmabufd.linux import fill, memfd
 from udmabufd.linux.addresses import highest_address_bits
-from udmabufd_client.contract import MAX_ATTACHMENTS, WRAPPED, Kind
+from udmabufd_client.contract import MAX_ATTACHMENTS, UDMABUF, WRAPPED, Kind
 
 DEVICE_NAME_MAX: Final = 256
 """Characters of a device's name: it goes into a record of a fixed size."""
@@ -123,7 +123,10 @@ class Placement:
         """Raise NoAllocator unless `size` bytes that a client brings suit `request`."""
         if request.size != size:
             raise NoAllocator(f"ranges: {size} bytes are given, and what is demanded takes {request.size}")
-        for refusal in refusals(WRAPPED, WRAPPED_MEMORY, request, highest_address_bits):
+        udmabuf, memory = self.pool.find(UDMABUF), WRAPPED_MEMORY
+        if udmabuf is not None and udmabuf.unavailable is None and udmabuf.capabilities.cache is None:
+            memory = replace(memory, cache=None, evidence=None)
+        for refusal in refusals(WRAPPED, memory, request, highest_address_bits):
             raise NoAllocator(f"{refusal.field}: {refusal.reason}; memory of the caller's own cannot be chosen")
 
     def _check_backed(self, request: Request, memory: Memory, merged: Merged) -> None:
@@ -146,10 +149,10 @@ class Placement:
 
     def _capabilities(self, memory: Memory) -> Capabilities:
         allocator = self.pool.find(memory.allocator)
-        if allocator is not None:
-            return allocator.capabilities
         # Of an allocator that is gone nothing is known but what it gave.
-        return replace(WRAPPED_MEMORY, cache=memory.cache, evidence=memory.evidence)
+        capabilities = WRAPPED_MEMORY if allocator is None else allocator.capabilities
+        # Whatever can be had of it now, this memory is mapped as it was made.
+        return replace(capabilities, cache=memory.cache, caches=frozenset(), evidence=memory.evidence)
 
 
 def _check_growth(buffer: Buffer, request: Request) -> None:

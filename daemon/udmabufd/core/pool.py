@@ -11,7 +11,9 @@ import fnmatch
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 
 from udmabufd.core.allocator import Allocator, Populate, Refusal
 from udmabufd.core.errors import (
@@ -24,14 +26,27 @@ from udmabufd.core.errors import (
     UdmabufUnavailable,
     from_oserror,
 )
+from udmabufd.core.matching import effective_cache
 from udmabufd.core.memory import Memory
 from udmabufd.core.spec import SPEC, Request
-from udmabufd_client.contract import Kind
+from udmabufd_client.contract import Cache, CacheEvidence, CachePolicy, Kind
 
 log = logging.getLogger(__name__)
 
 Verdict = tuple[Allocator, tuple[Refusal, ...]]
 """An allocator, and why it does not suit: nothing if it does."""
+
+
+class Explained(NamedTuple):
+    """A verdict, and the cache attribute that the allocator's memory would have, with how that is known; all by the
+    same capabilities.
+    """
+
+    allocator: Allocator
+    refusals: tuple[Refusal, ...]
+    cache: Cache | None
+    evidence: CacheEvidence | None
+
 
 _CIRCUMSTANCES = (UdmabufUnavailable, KernelLimit, CacheUnavailable, OutOfMemory)
 """What an allocator refuses with that would suit otherwise."""
@@ -92,13 +107,32 @@ class Pool:
                 return size
         return 0
 
-    def verdicts(self, request: Request) -> list[Verdict]:
-        """Return what each allocator says to `request`, in order."""
-        return [(allocator, allocator.match(request)) for allocator in self._allocators]
+    def in_order(self, request: Request) -> list[Allocator]:
+        """Return all allocators as they are asked for `request`: those first whose mappings have the cache attribute
+        that it asks for, and those that are not there, of which it is not known, where they would be.
+        """
 
-    def explain(self, make_request: Callable[[], Request]) -> list[Verdict]:
-        """Return verdicts() of the request that `make_request` makes; if its demands exclude each other, each
-        allocator refuses for that.
+        def otherwise(allocator: Allocator) -> bool:
+            capabilities = allocator.capabilities
+            gone = not capabilities.obtainable and allocator.unavailable is not None
+            return not gone and effective_cache(capabilities, request) is not request.cache
+
+        return sorted(self._allocators, key=otherwise)
+
+    def verdicts(self, request: Request) -> list[Explained]:
+        """Return what each allocator says to `request`, in the order in which they are asked."""
+        verdicts = []
+        for allocator in self.in_order(request):
+            # Once: a probe may replace what they are of at any time.
+            capabilities = allocator.capabilities
+            cache = effective_cache(capabilities, request)
+            refusals = allocator.match(request, capabilities)
+            verdicts.append(Explained(allocator, refusals, cache, None if cache is None else capabilities.evidence))
+        return verdicts
+
+    def explain(self, make_request: Callable[[], Request]) -> list[Explained]:
+        """Return verdicts() of the request that `make_request` makes, and the cache attribute that each would give; if
+        its demands exclude each other, each allocator refuses for that.
         """
         try:
             request = make_request()
@@ -109,7 +143,7 @@ class Pool:
             if SPEC in error.devices:
                 remedy = f"leave {error.field} out of spec.constraints, or use a smaller picture"
             refusal = Refusal(error.field, error.devices[0], reason, remedy, error)
-            return [(allocator, (refusal,)) for allocator in self._allocators]
+            return [Explained(allocator, (refusal,), None, None) for allocator in self._allocators]
         return self.verdicts(request)
 
     def select(self, request: Request) -> Iterator[Allocator]:
@@ -118,7 +152,7 @@ class Pool:
         Each is judged when its turn comes: most calls need the first one alone.
         """
         verdicts: list[Verdict] = []
-        rest = iter(self.allocators)
+        rest = iter(self.in_order(request))
         for allocator in rest:
             refusals = allocator.match(request)
             if not refusals:
@@ -153,8 +187,20 @@ class Pool:
 
 def allocate_all(allocator: Allocator, request: Request, names: Sequence[str], populate: Populate) -> list[Memory]:
     """Have `allocator` make memory for each of `names`, all of them or none, filled by `populate` where it is to be
-    filled. Blocks: for worker threads. Raises typed errors; nothing is left behind then.
+    filled; all of it mapped alike. Blocks: for worker threads. Raises typed errors; nothing is left behind then.
     """
+    # The device may have been replaced in the midst, or not have an attribute for all pages.
+    prefers = request.cache_policy is CachePolicy.PREFER
+    for attempt in (request, request, replace(request, cache=Cache.CACHED) if prefers else request):
+        memories = _allocate_each(allocator, attempt, names, populate)
+        if len({(memory.cache, memory.evidence) for memory in memories}) < 2:
+            return memories
+        for memory in memories:
+            memory.close()
+    raise CacheUnavailable(f"cache: {allocator.name} maps what it makes now one way and now another; ask again")
+
+
+def _allocate_each(allocator: Allocator, request: Request, names: Sequence[str], populate: Populate) -> list[Memory]:
     try:
         with ExitStack() as undo:
             memories = []

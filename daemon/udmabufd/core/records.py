@@ -40,8 +40,8 @@ class StoredMemory:
     size: int
     memfd: int | None
     dma_buf: int | None
-    cache: Cache
-    evidence: CacheEvidence
+    cache: Cache | None
+    evidence: CacheEvidence | None
     needs_sync: bool
     accounting: Accounting
     held: bool
@@ -252,8 +252,8 @@ def _buffer_of(slot: int, record: Mapping[str, Any]) -> StoredBuffer:
             size=int(memory.get("size", record["request"]["size"])),
             memfd=memory["memfd"],
             dma_buf=memory["dma_buf"],
-            cache=Cache(memory["cache"]),
-            evidence=CacheEvidence(memory["evidence"]),
+            cache=None if memory["cache"] is None else Cache(memory["cache"]),
+            evidence=None if memory["evidence"] is None else CacheEvidence(memory["evidence"]),
             needs_sync=bool(memory["needs_sync"]),
             accounting=_accounting(memory),
             held=bool(memory.get("held", False)),

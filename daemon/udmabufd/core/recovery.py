@@ -8,6 +8,7 @@ alone. It belongs to nobody then, is charged to root, and waits for somebody who
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,17 +39,29 @@ log = logging.getLogger(__name__)
 
 _NOBODY = Owner(0, "")
 
+Maps = Callable[[str], tuple[Cache | None, CacheEvidence | None]]
+"""Tells how all dma-bufs of an exporter are mapped, and how that is known; None where it is not."""
+
+
+def nothing_known(_exporter: str) -> tuple[Cache | None, CacheEvidence | None]:
+    """Know of no exporter."""
+    return None, None
+
+
 DRM_EXPORTER = "drm"
 """Exporter of the dma-bufs of all DRM drivers that use drm_prime.c."""
 
 
 @dataclass(slots=True)
 class Former:
-    """What the former run left: its state, if there was one, its descriptors by name, and why it cannot be read."""
+    """What the former run left: its state, if there was one, its descriptors by name, and why it cannot be read; and
+    what the present one knows of exporters.
+    """
 
     state: OwnedFd | None
     inherited: restore.Inherited
     reason: str
+    maps: Maps = nothing_known
 
     def salvage(self) -> tuple[StateFile, restore.Records] | None:
         """Return the state without what is damaged in it, and what it tells; None if it tells nothing."""
@@ -64,7 +77,7 @@ class Former:
         """Return buffers for all descriptors that are left, with their names in the store; consumes them."""
         found = []
         for name, fds in self.inherited.items():
-            buffer = _stranger(name, *restore.sort_descriptors(fds))
+            buffer = _stranger(name, *restore.sort_descriptors(fds), self.maps)
             if buffer is not None:
                 found.append((name, buffer))
         self.inherited.clear()
@@ -100,7 +113,7 @@ def row(buffer: Buffer, action: str) -> dict[str, Any]:
     }
 
 
-def _stranger(name: str, memfds: list[OwnedFd], dma_bufs: list[OwnedFd]) -> Buffer | None:
+def _stranger(name: str, memfds: list[OwnedFd], dma_bufs: list[OwnedFd], maps: Maps = nothing_known) -> Buffer | None:
     """Return the buffer that these descriptors, which are consumed, must have been of."""
     own = memfds.pop() if memfds else None
     exported = dma_bufs.pop() if dma_bufs else None
@@ -116,6 +129,9 @@ def _stranger(name: str, memfds: list[OwnedFd], dma_bufs: list[OwnedFd]) -> Buff
     if handed_out:
         spec["kind"] = Kind.MEMFD
     request = Request.from_spec(spec)
+    # What a dma-buf was asked to be is not known any more, but where all of them are alike.
+    known = (Cache.CACHED, CacheEvidence.DEFAULT) if handed_out else (None, None)
+    cache, evidence = known if exported is None else maps(_exporter_of(exported))
     return Buffer(
         request=request.wrapping() if allocator == WRAPPED else request,
         payer=_NOBODY,
@@ -128,8 +144,8 @@ def _stranger(name: str, memfds: list[OwnedFd], dma_bufs: list[OwnedFd]) -> Buff
             dma_buf=exported,
             device=identity.device,
             inode=identity.inode,
-            cache=_cache(allocator),
-            evidence=CacheEvidence.DEFAULT,
+            cache=cache,
+            evidence=evidence,
             needs_sync=not handed_out,
             stored=True,
             accounting=_accounting(allocator),
@@ -143,13 +159,18 @@ def _stranger(name: str, memfds: list[OwnedFd], dma_bufs: list[OwnedFd]) -> Buff
 
 def _allocator_of(dma_buf: OwnedFd) -> str:
     """Return the allocator that must have given a dma-buf without a memfd of ours, as its exporter tells."""
-    try:
-        exporter = dmabuf.fdinfo(dma_buf.fileno()).exporter
-    except (OSError, ValueError):
-        return WRAPPED
+    exporter = _exporter_of(dma_buf)
     if exporter == DRM_EXPORTER:
         return DUMB_PREFIX + "unknown"
-    return WRAPPED if exporter == UDMABUF else HEAP_PREFIX + exporter
+    return WRAPPED if not exporter or exporter.startswith(UDMABUF) else HEAP_PREFIX + exporter
+
+
+def _exporter_of(dma_buf: OwnedFd) -> str:
+    """Return what the kernel calls the exporter of `dma_buf`, "" if that cannot be read."""
+    try:
+        return dmabuf.fdinfo(dma_buf.fileno()).exporter
+    except (OSError, ValueError):
+        return ""
 
 
 def _hold(allocator: str, dma_buf: OwnedFd | None) -> Hold | None:
@@ -161,11 +182,6 @@ def _hold(allocator: str, dma_buf: OwnedFd | None) -> Hold | None:
     except OSError as error:
         log.error("The pages of a dumb buffer cannot be kept from being dropped: %s", error)
         return None
-
-
-def _cache(allocator: str) -> Cache:
-    """Return what may be claimed of mappings: of heaps and dumb buffers nothing is known here, so the slowest."""
-    return Cache.CACHED if allocator in (MEMFD, UDMABUF, WRAPPED) else Cache.UNCACHED
 
 
 def _accounting(allocator: str) -> Accounting:

@@ -31,7 +31,7 @@ from udmabufd.core.limits import Limits
 from udmabufd.core.maker import Maker, Source
 from udmabufd.core.memory import Accounting
 from udmabufd.core.placement import Placement, under
-from udmabufd.core.pool import Verdict
+from udmabufd.core.pool import Explained
 from udmabufd.core.requests import repeat_of
 from udmabufd.core.spec import Request, check_name
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
@@ -148,7 +148,7 @@ class Service:
 
         return await self._one(holder, spec, asked, make, "created without memory")
 
-    async def explain(self, holder: Holder, spec: Mapping[str, Any]) -> list[Verdict]:
+    async def explain(self, holder: Holder, spec: Mapping[str, Any]) -> list[Explained]:
         """Return what allocate() would decide on `spec`: for each allocator, in order, why it would not be asked."""
         self.custody.check_serving()
         wishes = await self._wishes(holder, spec)

@@ -93,11 +93,12 @@ def export(
                 _refuse_holes(index, fds[index].fileno(), some)
                 populate(fds[index].fileno(), some)
         items = [Item(fds[index].fileno(), offset, length) for index, offset, length in ranges]
-        dma_buf = allocator.export_list(items)
+        # As usual, which is cached if it is known: so the client has the same pages mapped.
+        exported = allocator.export_list(items)
         try:
-            return describe(WRAPPED, None, dma_buf, size, name, Accounting.CLIENT)
+            return describe(exported, WRAPPED, None, size, name, Accounting.CLIENT)
         except BaseException:
-            dma_buf.close()
+            exported.dma_buf.close()
             raise
     except OSError as error:
         raise from_oserror(error, f"wrapping {size} bytes of memfds") from error

@@ -34,7 +34,7 @@ WATCHED: Final[dict[str, frozenset[str] | None]] = {
     "accel": None,
     "media": None,
 }
-"""Kernel subsystem -> names of the devices of it that matter, None for all."""
+"""Kernel subsystem -> names of the devices of it that matter, None for all; of misc by default."""
 
 MAX_EVENTS_PER_TURN: Final = 64
 """Events read in one turn of the loop, so that a flood of them does not keep others waiting."""
@@ -77,9 +77,12 @@ class DeviceMonitor:
     start are in `devices`.
     """
 
-    def __init__(self, callback: Callback, *, source: Source | None = None) -> None:
-        """Subscribe; nothing is told before `start()`. Raises OSError when no events can be had."""
+    def __init__(self, callback: Callback, *, udmabuf: str = "udmabuf", source: Source | None = None) -> None:
+        """Subscribe, also to the events of the misc device `udmabuf`; nothing is told before `start()`. Raises OSError
+        when no events can be had.
+        """
         self._callback = callback
+        self._names = WATCHED | {"misc": frozenset({udmabuf})}
         self._source: Source = UdevEvents(WATCHED) if source is None else source
         self._loop: asyncio.AbstractEventLoop | None = None
         self._known: dict[str, DeviceEvent] = {}
@@ -184,7 +187,9 @@ class DeviceMonitor:
 
     def _present(self) -> dict[str, DeviceEvent]:
         found = (
-            _event(device) for subsystem, names in WATCHED.items() for device in self._source.present(subsystem, names)
+            _event(device)
+            for subsystem, names in self._names.items()
+            for device in self._source.present(subsystem, names)
         )
         return {device.path: device for device in found}
 
@@ -199,11 +204,10 @@ class DeviceMonitor:
         for _, device in sorted(present.items()):
             self._tell("add", device)
 
-    @staticmethod
-    def _observed(device: DeviceEvent) -> bool:
-        if device.subsystem not in WATCHED:
+    def _observed(self, device: DeviceEvent) -> bool:
+        if device.subsystem not in self._names:
             return False
-        names = WATCHED[device.subsystem]
+        names = self._names[device.subsystem]
         return names is None or device.sysname in names
 
     def _tell(self, action: str, device: DeviceEvent) -> None:
