@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """DMA_BUF_IOCTL_SYNC: the bracket around CPU access to a mapped dma-buf (include/uapi/linux/dma-buf.h).
 
-Raises OSError and knows no policy: whether a buffer needs the bracket is left to its owner.
+Raises OSError and knows no policy: whether a buffer needs the bracket is left to its owner. What a signal's handler
+raises goes through, and then the kernel may have done nothing: an END that must come is the caller's to repeat.
 """
 
 from __future__ import annotations

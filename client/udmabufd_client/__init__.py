@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from udmabufd_client.inventory import AllocatorInfo, DeviceInfo, Verdict
     from udmabufd_client.memfd import wrappable_memfd
+    from udmabufd_client.slow_reads import SlowReadWarning
     from udmabufd_client.spec import new_request_id
     from udmabufd_client.sync import Attachment, Buffer, Client
 
@@ -66,6 +67,7 @@ __all__ = [
     "Usage",
     "new_request_id",
     "wrappable_memfd",
+    "SlowReadWarning",
     "aio",
     "sync",
     "errors",
@@ -111,6 +113,7 @@ _HOMES: Final = {
     "Usage": "info",
     "new_request_id": "spec",
     "wrappable_memfd": "memfd",
+    "SlowReadWarning": "slow_reads",
 }
 
 

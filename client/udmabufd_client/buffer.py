@@ -7,6 +7,7 @@ Local work only. The verbs that ask the service are added by aio.Buffer (corouti
 from __future__ import annotations
 
 import fcntl
+import os
 import threading
 import warnings
 import weakref
@@ -17,12 +18,13 @@ from typing import Any, Self
 
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client.attachment import Attached, AttachmentBase
-from udmabufd_client.bracket import READ, WRITE, SyncBracket
+from udmabufd_client.bracket import READ, WRITE, Access
 from udmabufd_client.contract import Kind
 from udmabufd_client.info import AttachmentInfo, BufferInfo, Plane
 from udmabufd_client.mapping import Map, SharedMapping
 from udmabufd_client.service import Service
 from udmabufd_client.share import Share
+from udmabufd_client.slow_reads import notice
 from udmabufd_client.spec import check_number
 
 
@@ -44,7 +46,6 @@ class BufferBase:
         self._closed = False
         self._lock = threading.Lock()
         self._mapping = SharedMapping()
-        self._bracket = SyncBracket()
         duplicate = weakref.WeakMethod(self._spare)
         # The share outlives a Buffer that is dropped without close(), and must not keep it alive.
         share.duplicate = lambda: method() if (method := duplicate()) is not None else None
@@ -161,7 +162,8 @@ class BufferBase:
         """Map the buffer: `with buffer.map() as view` gives a memoryview of all its bytes.
 
         All maps of a Buffer share one mapping, which the last of them drops. Raises ValueError without a descriptor,
-        OSError as mmap(2) does. Where devices do not see the CPU's caches, access belongs in cpu_access().
+        OSError as mmap(2) does. A map can stay for as long as one likes; but where `info.needs_sync`, what is read
+        and written outside of cpu_access() may be neither what devices wrote nor what they will see.
         """
         return Map(self._mapping, self._own_dup, self.size, writable=writable, label=self._label)
 
@@ -169,9 +171,11 @@ class BufferBase:
     def cpu_access(self, read: bool = True, write: bool = True) -> Iterator[memoryview]:
         """Access the buffer's bytes by the CPU: `with buffer.cpu_access(read=False) as view`.
 
-        The view is writable only with `write`. On a dma-buf the access is bracketed by DMA_BUF_IOCTL_SYNC, which
-        first waits for devices that still use the buffer, so it blocks: in a coroutine, call it in a thread. Nested
-        and concurrent accesses share one bracket. A memfd has none. Raises ValueError, OSError.
+        The view is writable only with `write`. On a dma-buf the access is bracketed by DMA_BUF_IOCTL_SYNC, which first
+        waits for devices that still use the buffer, so it blocks: in a coroutine, call it in a thread. Whoever writes
+        finds what devices wrote beside it unharmed, without `read` too. Nested and concurrent accesses share one
+        bracket, those by other Buffers of the same memory included; the last one to end ends it. A memfd has none.
+        `read` on write-combined or uncached memory gives a SlowReadWarning, once. Raises ValueError, OSError.
         """
         flags = (READ if read else 0) | (WRITE if write else 0)
         if not flags:
@@ -180,11 +184,14 @@ class BufferBase:
             if self.info.kind != Kind.DMA_BUF:
                 yield view
                 return
-            self._bracket.enter(self._own_dup, flags)
+            access = Access()
             try:
+                access.begin(self._memory_id(), self._own_dup, flags)
+                if read:
+                    notice(self.info.cache_effective, view, self._label)
                 yield view
             finally:
-                self._bracket.leave()
+                access.end()
 
     def __buffer__(self, flags: int) -> memoryview:
         return self._mapping.export(self._own_dup, self.size)
@@ -263,6 +270,11 @@ class BufferBase:
         """Return a duplicate of the descriptor, if there is one: by it another connection gets the share again."""
         with self._lock:
             return None if self._fd is None else self._fd.dup()
+
+    def _memory_id(self) -> tuple[int, int]:
+        with self._lock:
+            status = os.fstat(self.fileno())
+        return status.st_dev, status.st_ino
 
     def _own_dup(self) -> OwnedFd:
         # A borrowed number could be another file's by the time it is used, if another thread calls close().

@@ -21,7 +21,8 @@ class Verdict:
     """What one allocator says to a spec: whether it would be asked for the memory, and if not, why.
 
     `field` is the key of `constraints` or `spec` that decides, `device` whose demand that is (a device, or "spec"),
-    `remedy` what would help; each is empty where there is none.
+    `remedy` what would help. `cache_effective` is what CPU mappings of its memory would be (contract.Cache), and
+    `cache_evidence` how that is known (contract.CacheEvidence). Each is empty where there is none.
     """
 
     allocator: str
@@ -30,6 +31,8 @@ class Verdict:
     device: str = ""
     reason: str = ""
     remedy: str = ""
+    cache_effective: str = ""
+    cache_evidence: str = ""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
@@ -74,7 +77,8 @@ class DeviceInfo:
 class AllocatorInfo:
     """A source of memory: whether it can serve, what its memory is like, and where each figure is known from.
 
-    `max_size`, `granule` and `free` in bytes.
+    `max_size`, `granule` and `free` in bytes. `cache` is what CPU mappings of its memory are (contract.Cache) unless
+    another attribute is asked for that is among `caches`, all that can be had of it.
     """
 
     allocator: str
@@ -86,6 +90,7 @@ class AllocatorInfo:
     contiguous: bool | None = None
     address_bits: int | None = None
     cache: str | None = None
+    caches: tuple[str, ...] | None = None
     cache_evidence: str | None = None
     accounting: str | None = None
     free: int | None = None
@@ -94,11 +99,20 @@ class AllocatorInfo:
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
         """Return one row of ListAllocators. Raises BadReply on a wrong type, and without a name."""
-        return cls(**_complete("ListAllocators", typed(raw, contract.ALLOCATOR_TYPES), "allocator"))
+        row = _complete("ListAllocators", typed(raw, contract.ALLOCATOR_TYPES), "allocator")
+        if "caches" in row:
+            row["caches"] = tuple(row["caches"])
+        return cls(**row)
+
+    @property
+    def obtainable(self) -> tuple[str, ...]:
+        """Every cache attribute that can be had of it, the usual one first; none where the service does not say."""
+        usual = () if self.cache is None else (self.cache,)
+        return (*usual, *(cache for cache in self.caches or () if cache not in usual))
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is known, by key: for JSON."""
-        return _known(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in _known(self).items()}
 
 
 def _complete(member: str, row: dict[str, Any], *needed: str) -> dict[str, Any]:

@@ -100,9 +100,12 @@ class FakeAllocator:
             )
         )
 
-    def grant(self, header: Header, buffer_id: str = ID) -> None:
-        """Answer Allocate with a buffer of one page."""
-        self.reply(header, "oha{sv}", buffer_path(buffer_id), 0, info(), fds=[page()])
+    def grant(
+        self, header: Header, buffer_id: str = ID, *, pages: int = 1, told: dict[str, Variant] | None = None
+    ) -> None:
+        """Answer Allocate with a buffer of one page, or more, whose info has what is `told` beside the usual."""
+        known = info(size=Variant("t", pages * PAGE)) | (told or {})
+        self.reply(header, "oha{sv}", buffer_path(buffer_id), 0, known, fds=[page(pages)])
 
     def changed(
         self,
@@ -195,10 +198,10 @@ def attachments(*rows: tuple[int, str, bool]) -> Variant:
     )
 
 
-def page() -> OwnedFd:
-    """Return one page of memory."""
+def page(count: int = 1) -> OwnedFd:
+    """Return one page of memory, or more."""
     fd = OwnedFd(os.memfd_create("fake", os.MFD_CLOEXEC))
-    os.ftruncate(fd.fileno(), PAGE)
+    os.ftruncate(fd.fileno(), count * PAGE)
     return fd
 
 

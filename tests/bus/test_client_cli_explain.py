@@ -31,9 +31,9 @@ VERDICTS: list[Row] = [
         "reason": "3110400 bytes of its memory may be 760 segments, and /dev/video0 takes 8",
         "remedy": "detach /dev/video0",
     },
-    {"allocator": "udmabuf-2M", "ok": True},
+    {"allocator": "udmabuf-2M", "ok": True, "cache_effective": "cached", "cache_evidence": "default"},
     {"allocator": "udmabuf-1G", "ok": False, "field": "", "device": "", "reason": "no pool of such pages"},
-    {"allocator": "heap:cma", "ok": True},
+    {"allocator": "heap:cma", "ok": True, "cache_effective": "cached", "cache_evidence": "driver"},
     {"allocator": "heap:system", "ok": False, "reason": "no pool of such pages", "remedy": ""},
     {"allocator": "memfd", "ok": False, "field": "kind", "device": "spec", "reason": "it is a\x1b[2J memfd"},
 ]
@@ -63,15 +63,15 @@ udmabuf-2M would serve. When it has run out: heap:cma.
 """
 
 EXPLAINED_AT_40 = """\
-64 KiB, memfd, uncached (require)
+64 KiB, memfd, uncached (prefer)
 
-   ALLOCATOR    VERDICT  BECAUSE OF
-   udmabuf      no       max_segments
-*  udmabuf-2M   serves
-   udmabuf-1G   no       (see below)
-   heap:cma     suits
-   heap:system  no       (see below)
-   memfd        no       kind
+   ALLOCATOR    VERDICT  CACHE
+   udmabuf      no
+*  udmabuf-2M   serves   cached
+   udmabuf-1G   no
+   heap:cma     suits    cached
+   heap:system  no
+   memfd        no
 
 udmabuf
     3110400 bytes of its memory may be
@@ -85,8 +85,22 @@ udmabuf-1G, heap:system
 memfd
     it is a\N{REPLACEMENT CHARACTER}[2J memfd
 
-udmabuf-2M would serve. When it has run
-out: heap:cma.
+udmabuf-2M would serve, with memory that
+is mapped cached, not uncached. When it
+has run out: heap:cma.
+"""
+
+MAPPED: list[Row] = [
+    {"allocator": "dumb:card0", "ok": True, "cache_effective": "write-combine", "cache_evidence": "driver"},
+    {"allocator": "udmabuf", "ok": True, "cache_effective": "cached", "cache_evidence": "default"},
+    VERDICTS[0] | {"allocator": "heap:cma"},
+]
+
+MAPPED_SHOWN = """\
+   ALLOCATOR   VERDICT  CACHE          EVIDENCE  BECAUSE OF    DEMANDED BY
+*  dumb:card0  serves   write-combine  driver
+   udmabuf     suits    cached         default
+   heap:cma    no                                max_segments  /dev/video0
 """
 
 DEVICES: list[Row] = [
@@ -131,19 +145,24 @@ ALLOCATORS: list[Row] = [
         "granule": 4096,
         "contiguous": False,
         "cache": "cached",
-        "cache_evidence": "default",
+        "caches": ["cached", "uncached", "write-combine"],
+        "cache_evidence": "probe",
         "accounting": "service",
         "sources": {"max_size": "size_limit_mb"},
     },
     {"allocator": "udmabuf-2M", "available": False, "reason": "no huge pages: vm.nr_hugepages=64", "free": 0},
     {"allocator": "heap:cma", "available": True, "contiguous": True, "granule": 4096, "address_bits": 32},
+    {"allocator": "dumb:card0", "available": True, "cache": "write-combine", "caches": ["write-combine"]},
+    {"allocator": "memfd", "available": True, "cache": "cached", "cache_evidence": "default"},
 ]
 
 ALLOCATORS_SHOWN = """\
-ALLOCATOR   SERVES  KIND     LARGEST   PIECES  ADDRESSES  CACHE   EVIDENCE  CHARGED  FREE
-udmabuf     yes     dma-buf   64 MiB    4 KiB          -  cached  default   service     -
-udmabuf-2M  no      -              -        -          -  -       -         -         0 B
-heap:cma    yes     -              -  one run    32 bits  -       -         -           -
+ALLOCATOR   SERVES  KIND     LARGEST   PIECES  ADDRESSES  CACHE                            EVIDENCE  CHARGED  FREE
+udmabuf     yes     dma-buf   64 MiB    4 KiB          -  cached, uncached, write-combine  probe     service     -
+udmabuf-2M  no      -              -        -          -  -                                -         -         0 B
+heap:cma    yes     -              -  one run    32 bits  -                                -         -           -
+dumb:card0  yes     -              -        -          -  write-combine                    -         -           -
+memfd       yes     -              -        -          -  cached                           default   -           -
 
 udmabuf-2M
     no huge pages: vm.nr_hugepages=64
@@ -210,8 +229,48 @@ async def test_explain_shows_who_serves_and_why_others_do_not(fake: FakeAllocato
         "max_segments": 8,
         "cache": ["cached", "uncached"],
     }
-    words = ["--size", "64K", "--kind", "memfd", "--cache", "uncached", "--cache-policy", "require"]
+    words = ["--size", "64K", "--kind", "memfd", "--cache", "uncached", "--cache-policy", "prefer"]
     assert await ctl("explain", *words, columns=40) == (0, EXPLAINED_AT_40, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cache", "write-combine"], "dumb:card0 would serve."),
+        (["--cache", "cached"], "dumb:card0 would serve, with memory that is mapped write-combine, not cached."),
+        # Nothing asked for is cached asked for.
+        ([], "dumb:card0 would serve, with memory that is mapped write-combine, not cached."),
+    ],
+)
+async def test_explain_shows_how_memory_would_be_mapped(
+    fake: FakeAllocator, ctl: Ctl, words: list[str], said: str
+) -> None:
+    rows = marshalled(MAPPED, VERDICT_TYPES)
+    fake.answers["Explain"] = lambda incoming: fake.reply(incoming.header, "aa{sv}", rows)
+    status, out, err = await ctl("explain", "--size", "64K", *words)
+    assert (status, err) == (0, "")
+    assert MAPPED_SHOWN in out
+    assert out.endswith(f"\n\n{said} When it has run out: udmabuf.\n")
+    status, out, err = await ctl("explain", "--size", "64K", *words, "--json")
+    assert (status, err, json.loads(out)) == (0, "", MAPPED)
+
+
+async def test_explain_shows_that_mappings_are_as_asked(fake: FakeAllocator, ctl: Ctl) -> None:
+    rows = marshalled(MAPPED[:1], VERDICT_TYPES)
+    fake.answers["Explain"] = lambda incoming: fake.reply(incoming.header, "aa{sv}", rows)
+    _, out, _ = await ctl("explain", "--size", "64K", "--cache", "write-combine")
+    assert "*  dumb:card0  serves   write-combine  driver\n" in out
+    assert out.endswith("\n\ndumb:card0 would serve.\n")
+
+
+async def test_a_service_that_tells_nothing_of_mappings_has_no_column_for_them(fake: FakeAllocator, ctl: Ctl) -> None:
+    rows = marshalled([{"allocator": "memfd", "ok": True}], VERDICT_TYPES)
+    fake.answers["Explain"] = lambda incoming: fake.reply(incoming.header, "aa{sv}", rows)
+    _, out, _ = await ctl("explain", "--size", "64K", "--cache", "uncached")
+    assert out == (
+        "64 KiB, dma-buf, uncached (prefer)\n\n   ALLOCATOR  VERDICT  BECAUSE OF  DEMANDED BY\n*  memfd      serves\n"
+        "\nmemfd would serve.\n"
+    )
 
 
 async def test_explain_for_programs_is_what_the_service_says(ctl: Ctl) -> None:

@@ -11,15 +11,20 @@ import gc
 import inspect
 import mmap
 import os
+import resource
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import count
+from types import FrameType
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from udmabufd_base.fd import OwnedFd
-from udmabufd_client import buffer as buffer_module
+from udmabufd_client import bracket as bracket_module
 from udmabufd_client.bracket import SyncBracket
 from udmabufd_client.buffer import BufferBase
 from udmabufd_client.contract import BUFFER_PATH_PREFIX, State
@@ -270,11 +275,11 @@ def recorded_brackets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             lambda fd, flags: seen.append(f"start {flags}"), lambda fd, flags: seen.append(f"end {flags}")
         )
 
-    monkeypatch.setattr(buffer_module, "SyncBracket", bracket)
+    monkeypatch.setattr(bracket_module, "SyncBracket", bracket)
     return seen
 
 
-@pytest.mark.parametrize(("read", "write", "flags"), [(True, False, 1), (False, True, 2), (True, True, 3)])
+@pytest.mark.parametrize(("read", "write", "flags"), [(True, False, 1), (False, True, 3), (True, True, 3)])
 def test_access_to_a_dma_buf_is_bracketed(
     service: Recorder, monkeypatch: pytest.MonkeyPatch, read: bool, write: bool, flags: int
 ) -> None:
@@ -306,6 +311,106 @@ def test_the_bracket_ends_though_the_buffer_was_closed_in_it(
             buffer.close()
         view[0] = 1
     assert seen == ["start 3", "end 3"]
+
+
+def test_two_buffers_of_one_memory_share_the_bracket(service: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = recorded_brackets(monkeypatch)
+    with make(service, kind="dma-buf") as buffer, make(service, fd=False, kind="dma-buf") as other:
+        other._install(OwnedFd(buffer.dup()))
+        with buffer.cpu_access(read=False) as view:
+            view[0] = 7
+            with other.cpu_access(write=False) as theirs:
+                assert theirs[0] == 7
+            view[1] = 8
+        assert seen == ["start 3", "end 3"]
+
+
+@pytest.fixture
+def no_more_descriptors() -> Iterator[Callable[[], None]]:
+    """Let this process open no descriptor from the call of this on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def exhaust() -> None:
+        lowest = os.open("/dev/null", os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+
+    yield exhaust
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_nested_access_needs_no_descriptor(
+    service: Recorder, monkeypatch: pytest.MonkeyPatch, no_more_descriptors: Callable[[], None]
+) -> None:
+    seen = recorded_brackets(monkeypatch)
+    with make(service, kind="dma-buf") as buffer:
+        with buffer.cpu_access(write=False):
+            no_more_descriptors()
+            with pytest.raises(OSError, match="Too many open files"):
+                buffer.dup()
+            with buffer.cpu_access() as view:
+                view[0] = 1
+        assert seen == ["start 1", "end 1", "start 3", "end 3"]
+
+
+class Signal:
+    """Comes once, at a point counted from 0: where a function of the brackets begins, or what one called returns.
+
+    These are the points at which the interpreter runs the handlers of signals. What they raise in __del__ it ignores.
+    """
+
+    def __init__(self, point: int) -> None:
+        self.point = point
+        self.came = ""
+
+    def watch(self, frame: FrameType, event: str, argument: object) -> None:
+        if self.came or event not in {"call", "c_return", "c_exception"}:
+            return
+        code = frame.f_code
+        if code.co_name == "cpu_access" or (code.co_filename == bracket_module.__file__ and code.co_name != "__del__"):
+            self.point -= 1
+            if self.point < 0:
+                self.came = f"{event} {code.co_qualname}"
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_access_that_is_interrupted_anywhere_ends(
+    service: Recorder, monkeypatch: pytest.MonkeyPatch, nested: bool
+) -> None:
+    seen = recorded_brackets(monkeypatch)
+    came: set[str] = set()
+    with make(service, kind="dma-buf") as buffer:
+        for point in count():
+            seen.clear()
+            signal = Signal(point)
+            written = False
+            with buffer.cpu_access() if nested else nullcontext():
+                try:
+                    sys.setprofile(signal.watch)
+                    with buffer.cpu_access() as view:
+                        view[0] = 1
+                        written = True
+                except KeyboardInterrupt:
+                    sys.setprofile(None)
+                    # Already while the traceback still has everything, but where nothing was done about the end yet.
+                    if signal.came != "call Access.end":
+                        depths = [bracket.depth for bracket in bracket_module._brackets.values()]
+                        assert depths in ([[1]] if nested else [[0], []]), signal.came
+                        assert seen[-1:] != ["start 3"] or nested or not written, signal.came
+                finally:
+                    sys.setprofile(None)
+                gc.collect()
+                if nested:
+                    assert seen == ["start 3"], signal.came
+                    assert [bracket.depth for bracket in bracket_module._brackets.values()] == [1], signal.came
+            if nested or written:
+                assert seen == ["start 3", "end 3"], signal.came
+            assert list(bracket_module._brackets) == []
+            if not signal.came:
+                break
+            came.add(signal.came)
+    assert {"call Access.begin", "call SyncBracket._enter", "call Access.end", "call SyncBracket._drop"} <= came
 
 
 def test_a_memfd_has_no_brackets(service: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:

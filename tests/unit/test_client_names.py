@@ -123,6 +123,7 @@ def test_the_rows_of_devices_and_allocators_have_the_keys_of_the_contract() -> N
         "u": int,
         "s": str,
         "b": bool,
+        "as": tuple[str, ...],
         "a{ss}": dict[str, str],
         "a{sv}": dict[str, Any],
     }
@@ -136,6 +137,27 @@ def test_the_rows_of_devices_and_allocators_have_the_keys_of_the_contract() -> N
         assert get_type_hints(cls) == expected
 
 
+@pytest.mark.parametrize(
+    ("cache", "caches", "obtainable"),
+    [
+        ("cached", ["cached", "uncached", "write-combine"], ("cached", "uncached", "write-combine")),
+        ("write-combine", ["cached", "write-combine"], ("write-combine", "cached")),
+        ("uncached", None, ("uncached",)),
+        (None, None, ()),
+    ],
+)
+def test_an_allocator_tells_every_cache_attribute_the_usual_one_first(
+    cache: str | None, caches: list[str] | None, obtainable: tuple[str, ...]
+) -> None:
+    told: dict[str, Any] = {"allocator": "udmabuf", "cache": cache, "caches": caches}
+    row = {key: value for key, value in told.items() if value is not None}
+    allocator = AllocatorInfo.parse({key: Variant(contract.ALLOCATOR_TYPES[key], value) for key, value in row.items()})
+    assert allocator.obtainable == obtainable
+    assert allocator.caches == (None if caches is None else tuple(caches))
+    assert allocator.as_dict() == row
+    hash(allocator.caches)
+
+
 def test_a_verdict_is_read_as_it_is_sent() -> None:
     ok = Verdict.parse({"allocator": Variant("s", "udmabuf"), "ok": Variant("b", True)})
     assert ok == Verdict(allocator="udmabuf", ok=True)
@@ -143,6 +165,11 @@ def test_a_verdict_is_read_as_it_is_sent() -> None:
     texts = {key: Variant("s", f"the {key}") for key in ("allocator", "field", "device", "reason", "remedy")}
     refused = Verdict.parse({**texts, "ok": Variant("b", False), "newer": Variant("u", 1)})
     assert (refused.ok, refused.field, refused.remedy) == (False, "the field", "the remedy")
+    mapped = {key: Variant("s", f"the {key}") for key in ("allocator", "cache_effective", "cache_evidence")}
+    mapped["ok"] = Variant("b", True)
+    suits = Verdict.parse(mapped)
+    assert (suits.cache_effective, suits.cache_evidence) == ("the cache_effective", "the cache_evidence")
+    assert suits.as_dict() == {key: value.value for key, value in mapped.items()}
     for lacking in ("allocator", "ok"):
         with pytest.raises(errors.BadReply, match=f"Explain: a row has no {lacking}"):
             Verdict.parse({key: value for key, value in {**texts, "ok": Variant("b", True)}.items() if key != lacking})

@@ -19,9 +19,10 @@ SUMMARY = "list where memory can come from, and what it is like"
 DESCRIPTION = (
     "List the allocators in the order in which they are asked. PIECES is the size of the physically contiguous pieces "
     "that a buffer consists of, or 'one run' where a whole buffer is contiguous; ADDRESSES how many bits its physical "
-    "addresses have at most, where that is known; CHARGED says whom the kernel charges: the service, a pool of huge "
-    "pages, nobody's control group (system), or the client that touches it. Below the list is why those that cannot "
-    "serve cannot. A narrow terminal shows fewer columns."
+    "addresses have at most, where that is known; CACHE the cache attributes that CPU mappings of its memory can "
+    "have, the usual one first, and EVIDENCE how that is known; CHARGED says whom the kernel charges: the service, a "
+    "pool of huge pages, nobody's control group (system), or the client that touches it. Below the list is why those "
+    "that cannot serve cannot. A narrow terminal shows fewer columns."
 )
 EPILOG = """\
 examples:
@@ -36,7 +37,7 @@ _COLUMNS: Final = (
     Column("LARGEST", 6, right=True),
     Column("PIECES", 8, right=True),
     Column("ADDRESSES", 3, right=True),
-    Column("CACHE", 7),
+    Column("CACHE", 7, soft=True),
     Column("EVIDENCE", 1),
     Column("CHARGED", 2),
     Column("FREE", 5, right=True),
@@ -72,7 +73,7 @@ def _cells(allocator: AllocatorInfo) -> tuple[str, ...]:
         human_size(allocator.max_size),
         "one run" if allocator.contiguous else granule,
         f"{allocator.address_bits} bits" if allocator.address_bits is not None else "-",
-        allocator.cache or "-",
+        ", ".join(allocator.obtainable) or "-",
         allocator.cache_evidence or "-",
         allocator.accounting or "-",
         human_size(allocator.free),

@@ -12,6 +12,7 @@ from udmabufd_client.cli.constraint import constraints_text, exact_size, keys_te
 from udmabufd_client.cli.show import as_json
 from udmabufd_client.cli.text import Column, notes, paragraph, printable, table, width_of, write
 from udmabufd_client.cli.wanted import add_wanted, parse_picture, spec_of
+from udmabufd_client.contract import Cache
 
 if TYPE_CHECKING:
     from udmabufd_client.inventory import Verdict
@@ -23,7 +24,8 @@ DESCRIPTION = (
     "alloc'. Say how much by --size, or by --format and WIDTHxHEIGHT. The allocators are listed in the order in which "
     "they are asked. The one with the star would serve; one that suits, too, is asked when those before it have run "
     "out. What stands against the others is named with the device that demands it, and below with the figures and "
-    "what would help."
+    "what would help. Where --cache is given, or memory would be mapped otherwise than asked for, CACHE says what CPU "
+    "mappings would be, and EVIDENCE how that is known."
 )
 EPILOG = f"""\
 constraints:
@@ -43,9 +45,13 @@ _COLUMNS: Final = (
     Column("", 0),
     Column("ALLOCATOR", 0),
     Column("VERDICT", 0),
+    Column("CACHE", 10),
+    Column("EVIDENCE", 7),
     Column("BECAUSE OF", 9),
     Column("DEMANDED BY", 8, soft=True),
 )
+
+_OF_CACHE: Final = ("CACHE", "EVIDENCE")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,13 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
         print(as_json([verdict.as_dict() for verdict in verdicts]))
     else:
         width = width_of(sys.stdout)
+        cache = wanted.get("cache", Cache.CACHED)
         for line in paragraph(printable(asked(wanted)), 0, width):
             print(line)
         print()
-        write(rows(verdicts, width), sys.stdout, heading=True)
+        telling = [verdict for verdict in verdicts if "cache" in wanted or _otherwise(verdict, cache)]
+        with_cache = any(verdict.cache_effective for verdict in telling)
+        write(rows(verdicts, width, with_cache=with_cache), sys.stdout, heading=True)
         notes([(verdict.allocator, _said(verdict)) for verdict in verdicts if not verdict.ok], sys.stdout)
         print()
-        for line in paragraph(printable(conclusion(verdicts)), 0, width):
+        for line in paragraph(printable(conclusion(verdicts, cache)), 0, width):
             print(line)
     return 0 if any(verdict.ok for verdict in verdicts) else 1
 
@@ -106,24 +115,40 @@ def asked(wanted: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def rows(verdicts: Sequence[Verdict], width: int | None) -> list[str]:
+def rows(verdicts: Sequence[Verdict], width: int | None, *, with_cache: bool) -> list[str]:
     """Return the table; the first that suits has the star."""
     first = next((verdict for verdict in verdicts if verdict.ok), None)
     words = [("*", "serves") if each is first else ("", "suits" if each.ok else "no") for each in verdicts]
     cells = [
-        (star, each.allocator, word, each.field or ("" if each.ok else "(see below)"), each.device)
+        (
+            star,
+            each.allocator,
+            word,
+            each.cache_effective,
+            each.cache_evidence,
+            each.field or ("" if each.ok else "(see below)"),
+            each.device,
+        )
         for (star, word), each in zip(words, verdicts, strict=True)
     ]
-    return table(_COLUMNS, cells, width)
+    shown = [index for index, column in enumerate(_COLUMNS) if with_cache or column.title not in _OF_CACHE]
+    return table([_COLUMNS[index] for index in shown], [[row[index] for index in shown] for row in cells], width)
 
 
-def conclusion(verdicts: Sequence[Verdict]) -> str:
-    """Return the answer as a sentence."""
-    suiting = [verdict.allocator for verdict in verdicts if verdict.ok]
+def conclusion(verdicts: Sequence[Verdict], wanted: str = Cache.CACHED) -> str:
+    """Return the answer as a sentence; `wanted` is the cache attribute that was asked for."""
+    suiting = [verdict for verdict in verdicts if verdict.ok]
     if not suiting:
         return "No allocator suits."
-    after = f" When it has run out: {', then '.join(suiting[1:])}." if suiting[1:] else ""
-    return f"{suiting[0]} would serve.{after}"
+    first, *others = suiting
+    cache = f", with memory that is mapped {first.cache_effective}, not {wanted}" if _otherwise(first, wanted) else ""
+    after = f" When it has run out: {', then '.join(each.allocator for each in others)}." if others else ""
+    return f"{first.allocator} would serve{cache}.{after}"
+
+
+def _otherwise(verdict: Verdict, wanted: str) -> bool:
+    """Return whether the allocator would give memory that is mapped otherwise than `wanted`."""
+    return verdict.cache_effective not in ("", wanted)
 
 
 def _said(verdict: Verdict) -> list[str]:

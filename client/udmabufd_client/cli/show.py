@@ -36,7 +36,8 @@ def show(shown: Mapping[str, Any], *, json_wanted: bool, stream: TextIO) -> None
     if json_wanted:
         print(as_json(shown), file=stream)
         return
-    write(pairs([(key, _value(key, value)) for key, value in shown.items()], width_of(stream)), stream)
+    lines = [(key, _value(key, value)) for key, value in shown.items()]
+    write(pairs([(key, text + _deviation(key, shown)) for key, text in lines], width_of(stream)), stream)
 
 
 def picture(shown: Mapping[str, Any]) -> str:
@@ -60,6 +61,13 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
     return str(value)
+
+
+def _deviation(key: str, shown: Mapping[str, Any]) -> str:
+    """Return the remark that memory is mapped otherwise than asked for, behind what it is."""
+    if key != "cache_effective" or shown["cache_effective"] == shown.get("cache_requested", shown["cache_effective"]):
+        return ""
+    return f" (not {shown['cache_requested']} as requested)"
 
 
 def _attachment(row: Mapping[str, Any]) -> str:
