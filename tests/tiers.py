@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Runs every test of the project: installs what they need, then tier by tier, with one summary at the end.
 
-The longest of them, the first of the guest, runs beside the others: each of the two lines keeps about one processor
-busy.
+Two tiers run at a time, each of which keeps about one processor busy. What a tier says is shown in one piece when it
+is over. What is tested, and how, is left to the commands of the tiers.
 """
 
 from __future__ import annotations
@@ -18,22 +18,28 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
+
+from vm.vmlib.host import need_packages
+from vm.vmlib.report import Report, VmError
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 
 DESCRIPTION = """\
-Installs what the tests need (Debian packages by apt, Python packages into .venv), then runs them tier by tier, the
-first of the guest beside the others, whose output is shown when each is over:
+Installs what the tests need (Debian packages by apt, Python packages into .venv), then runs them tier by tier, two at
+a time: the checks and the longest tiers begin first. What a tier says is shown when it is over; one that runs alone
+(--tier) is shown as it runs:
 
   checks             linters, types, import direction, unit files, manual pages, packaging
   unit               what needs neither a bus nor a kernel interface
   bus (LIBRARY)      a private dbus-daemon with the system bus's limits and our policy; once per D-Bus library
   guest (BUS)        real kernel, systemd and Weston in the emulated machine of tests/vm/run, once per system bus:
                      dbus-daemon with dbus-next and init_on_alloc=0, dbus-broker with dbus-fast
+  guest (nopat)      the same, booted without page attribute tables: what depends on them
 """
 
 EPILOG = """\
@@ -41,7 +47,8 @@ examples:
   tests/run                  everything: the command that CI runs
   tests/run --fast           without the guest: some minutes
   tests/run --long           with the full counts of the tests that name two
-  tests/run --tier checks    one tier; may be given several times
+  tests/run --tier checks    one tier, or all of that first word; may be given several times
+  tests/run --tier 'guest (nopat)'
   tests/run -- -k ticket     further arguments for pytest
 
 The exit status is 0 when every test passed and none was skipped.
@@ -70,18 +77,30 @@ NO_TEST_CHOSEN = 5
 
 LIBRARIES = ("dbus-next", "dbus-fast")
 
+AT_A_TIME = 2
+"""Tiers that run at the same time."""
+
+SILENCE = 60.0
+"""Seconds without a word after which is said what is running."""
+
+_output = threading.Lock()
+
 
 @dataclass
 class Tier:
     """A part of the run: a command that leaves JUnit files in the folder `results`, and what they told."""
 
     name: str
+    minutes: float
+    """About how long it takes with the usual counts, which decides when it begins."""
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     choosy: bool = False
     """Whether arguments chose among the tests, so that a tier may have none to run."""
+    began: float | None = None
     seconds: float = 0.0
-    status: int = 0
+    status: int | None = None
+    """Exit status of the command; None before it is over."""
     passed: int = 0
     failed: int = 0
     skipped: int = 0
@@ -90,7 +109,7 @@ class Tier:
         """Run the command and count its results; what it says goes to `output`, or to our own."""
         results.mkdir()
         print(f"\n=== {self.name}: {' '.join(self.command)}", file=output, flush=True)
-        start = time.monotonic()
+        self.began = time.monotonic()
         command = [word.replace("{results}", str(results)) for word in self.command]
         strict = {"UDMABUFD_STRICT": "1", "PYTHONUNBUFFERED": "1"}
         self.status = subprocess.run(
@@ -102,14 +121,13 @@ class Tier:
             stderr=None if output is None else subprocess.STDOUT,
             check=False,
         ).returncode
-        self.seconds = time.monotonic() - start
+        self.seconds = time.monotonic() - self.began
         for file in sorted(results.glob("*.xml")):
-            for suite in ET.parse(file).getroot().iter("testsuite"):
-                bad = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-                skipped = int(suite.get("skipped", 0))
-                self.failed += bad
-                self.skipped += skipped
-                self.passed += int(suite.get("tests", 0)) - bad - skipped
+            try:
+                self._count(ET.parse(file).getroot())
+            except ET.ParseError as error:
+                self.status = self.status or 1
+                print(f"{self.name}: the results in {file.name} are not whole: {error}", file=output, flush=True)
         if self.status == NO_TEST_CHOSEN and self.choosy:
             self.status = 0
         elif self.status == 0 and self.passed == 0:
@@ -118,11 +136,21 @@ class Tier:
 
     def run_aside(self, results: Path) -> None:
         """Run beside other tiers: what it says is shown in one piece when it is over."""
-        print(f"\n=== {self.name} begins, beside the others", flush=True)
+        say(f"=== {self.name} begins")
         log = results.with_suffix(".log")
-        with open(log, "w", encoding="utf-8") as output:
-            self.run(results, output)
-        print(log.read_text(encoding="utf-8", errors="replace"), flush=True)
+        try:
+            with open(log, "w", encoding="utf-8") as output:
+                self.run(results, output)
+        finally:
+            say(log.read_text(encoding="utf-8", errors="replace"))
+
+    def _count(self, results: ET.Element) -> None:
+        for suite in results.iter("testsuite"):
+            bad = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+            skipped = int(suite.get("skipped", 0))
+            self.failed += bad
+            self.skipped += skipped
+            self.passed += int(suite.get("tests", 0)) - bad - skipped
 
     @property
     def ok(self) -> bool:
@@ -140,6 +168,8 @@ def main() -> int:
     if not tiers:
         print(f"tests/run: no tier is called {', '.join(arguments.tier)}; see --help", file=sys.stderr)
         return 2
+    if any(is_guest(tier) for tier in tiers):
+        install_for_guests()
     with tempfile.TemporaryDirectory(prefix="udmabufd-tests-") as results:
         run_all(tiers, Path(results))
     sum_up(tiers, time.monotonic() - started)
@@ -150,21 +180,37 @@ def main() -> int:
 
 
 def run_all(tiers: Sequence[Tier], results: Path) -> None:
-    """Run `tiers` in two lines, each one after the other: the first of the guest, and beside it the rest."""
-    folders = {tier.name: results / str(number) for number, tier in enumerate(tiers)}
-    guests = [tier for tier in tiers if tier.name.startswith("guest")]
-    longest = guests[:1] or tiers
-    aside = [tier for tier in tiers if tier not in longest]
+    """Run `tiers`, AT_A_TIME together: the checks, which fail fast, then from the longest to the shortest."""
+    if len(tiers) == 1:
+        tiers[0].run(results / "0")
+        return
+    queue = sorted(tiers, key=lambda tier: (tier.name != "checks", -tier.minutes))
+    with ThreadPoolExecutor(AT_A_TIME) as workers:
+        rest = {workers.submit(tier.run_aside, results / str(number)) for number, tier in enumerate(queue)}
+        try:
+            while rest:
+                done, rest = wait(rest, SILENCE, FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                if not done:
+                    say(running(tiers))
+        except BaseException:
+            # Interrupted, or broken: what has not begun is not to begin.
+            workers.shutdown(cancel_futures=True)
+            raise
 
-    def run_aside() -> None:
-        for tier in aside:
-            tier.run_aside(folders[tier.name])
 
-    beside = threading.Thread(target=run_aside)
-    beside.start()
-    for tier in longest:
-        tier.run(folders[tier.name])
-    beside.join()
+def running(tiers: Sequence[Tier]) -> str:
+    """Return a line that says which of `tiers` are running, and for how long."""
+    now = time.monotonic()
+    lasting = [(tier.name, now - tier.began) for tier in tiers if tier.began is not None and tier.status is None]
+    return "... " + ", ".join(f"{name} has run for {seconds / 60:.0f} min" for name, seconds in lasting)
+
+
+def say(text: str) -> None:
+    """Print `text`, in one piece beside what other threads say."""
+    with _output:
+        print(text, flush=True)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -198,6 +244,14 @@ def install_packages() -> None:
     subprocess.run([*sudo, *environment, *install, *missing], check=True)
 
 
+def install_for_guests() -> None:
+    """Install what tests/vm/run would install by itself: of two guests that begin together, one could not."""
+    try:
+        need_packages(Report())
+    except VmError as error:
+        sys.exit(f"tests/run: {error}")
+
+
 def make_venv() -> str:
     """Make .venv with the project's dependencies, unless it is there already; return its Python."""
     python = VENV / "bin" / "python"
@@ -213,25 +267,31 @@ def make_venv() -> str:
 
 
 def all_tiers(arguments: argparse.Namespace, python: str, extra: list[str]) -> list[Tier]:
-    """Return every tier, in order."""
+    """Return every tier, in the order of the summary."""
     path = f"{VENV / 'bin'}:{os.environ.get('PATH', '')}"
     common = {"PATH": path, "UDMABUFD_LONG": "1" if arguments.long else "0"}
 
     def pytest(*where: str) -> list[str]:
         return [python, "-m", "pytest", "-q", "--junitxml={results}/host.xml", *where, *extra]
 
+    checks = "tests/unit/test_checks.py"
     tiers = [
-        Tier("checks", pytest("tests/unit/test_checks.py"), common),
-        Tier("unit", pytest("tests/unit", "tests/system", "tests/vm", "--ignore=tests/unit/test_checks.py"), common),
+        Tier("checks", 0.2, pytest(checks), common),
+        Tier("unit", 7, pytest("tests/unit", "tests/system", "tests/vm", f"--ignore={checks}"), common),
     ]
     for library in LIBRARIES:
-        tiers.append(Tier(f"bus ({library})", pytest("tests/bus"), common | {"UDMABUFD_DBUS_LIBRARY": library}))
+        tiers.append(Tier(f"bus ({library})", 2.5, pytest("tests/bus"), common | {"UDMABUFD_DBUS_LIBRARY": library}))
     seconds = str(3 * 3600 if arguments.long else 3000)
-    # Once with a kernel that shows what was in memory before, once as Debian boots it.
-    for bus, options in (("dbus-daemon", ["--append", "init_on_alloc=0"]), ("dbus-broker", [])):
+    # Once with a kernel that shows what was in memory before, once as Debian boots it, and without page attribute
+    # tables for what depends on them.
+    for name, minutes, bus, options in (
+        ("dbus-daemon", 27, "dbus-daemon", ["--append", "init_on_alloc=0"]),
+        ("dbus-broker", 12, "dbus-broker", []),
+        ("nopat", 2.5, "dbus-daemon", ["--append", "nopat"]),
+    ):
         guest = ["tests/vm/run", "--bus", bus, *options, "--timeout", seconds]
-        inside = ["--share", "{results}", "--", "tests/guest-suite", bus, common["UDMABUFD_LONG"], *extra]
-        tiers.append(Tier(f"guest ({bus})", [*guest, *inside], common))
+        inside = ["--share", "{results}", "--", "tests/guest-suite", name, common["UDMABUFD_LONG"], *extra]
+        tiers.append(Tier(f"guest ({name})", minutes, [*guest, *inside], common))
     for tier in tiers:
         tier.choosy = bool(extra)
     return tiers
@@ -242,7 +302,12 @@ def wanted(tier: Tier, arguments: argparse.Namespace) -> bool:
     word = tier.name.split()[0]
     if arguments.tier:
         return word in arguments.tier or tier.name in arguments.tier
-    return not (arguments.fast and word == "guest")
+    return not (arguments.fast and is_guest(tier))
+
+
+def is_guest(tier: Tier) -> bool:
+    """Whether `tier` needs the emulated machine."""
+    return tier.name.startswith("guest ")
 
 
 def sum_up(tiers: list[Tier], seconds: float) -> None:
