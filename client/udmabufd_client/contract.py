@@ -76,10 +76,12 @@ ERROR_MEANINGS: Final[dict[ErrorName, str]] = {
 
 
 class State(StrEnum):
-    """States of a buffer that this version can be in."""
+    """States of a buffer."""
 
     EMPTY = "empty"
     BACKED = "backed"
+    MOVING = "moving"
+    EVICTED = "evicted"
     LINGERING = "lingering"
 
 
@@ -139,6 +141,9 @@ REQUEST_ID_MAX: Final = 64
 
 REQUEST_GRACE: Final = 10.0
 """Seconds for which a buffer that was asked for with a request_id outlives its last holder."""
+
+MOVE_TIMEOUT_MAX: Final = 10_000
+"""Milliseconds that an importer has at most to answer MoveNotify or EvictNotify."""
 
 BUS_GRACE: Final = 30.0
 """Seconds for which buffers outlive a restart of the bus, for their clients to import them again."""
@@ -215,6 +220,11 @@ GET_FD_KEYS: Final[dict[str, Key]] = {
 }
 """Keys of the options of GetFd."""
 
+MOVE_KEYS: Final[dict[str, Key]] = {
+    "allocator": Key("s", "The allocator to move to; the first that matches if absent."),
+}
+"""Keys of the options of Move."""
+
 ATTACH_KEYS: Final[dict[str, Key]] = {
     "constraints": Key("a{sv}", "What the device needs beside what is known of it: see CONSTRAINT KEYS."),
     "dynamic": Key("b", "The importer can be told to use other memory; false if absent."),
@@ -236,7 +246,7 @@ INFO_KEYS: Final[dict[str, Key]] = {
     "modifier": Key("t", "DRM format modifier: 0, LINEAR."),
     "offsets": Key("at", "Bytes from the start of the buffer to each plane, in the order of the fourcc."),
     "strides": Key("at", "Bytes from row to row of each plane."),
-    "serial": Key("t", "1 for the first memory of the buffer, higher for each later one."),
+    "serial": Key("t", "1 for the first memory of the buffer, higher for each later one, also after an eviction."),
     "inode": Key("t", "Inode number of the file descriptor: the same in every process that has it."),
     "name": Key("s", "The buffer's name."),
 }
@@ -246,7 +256,9 @@ LIST_KEYS: Final[dict[str, Key]] = {
     "buffer": Key("o", "The buffer's object."),
     **INFO_KEYS,
     "state": Key(
-        "s", "empty, backed, or lingering: nobody holds a share, and the kernel has not freed the memory yet."
+        "s",
+        "empty, backed, moving, evicted, or lingering: nobody holds a share, and the kernel has not freed the memory "
+        "yet.",
     ),
     "holders": Key("u", "Connections that hold shares of it."),
     "references": Key(
@@ -255,7 +267,9 @@ LIST_KEYS: Final[dict[str, Key]] = {
         "Absent where the kernel counts none.",
     ),
     "charged": Key(
-        "t", "Bytes charged for it: to who created it, or to the earliest holder once that user holds none."
+        "t",
+        "Bytes charged for it: to who created it, or to the earliest holder once that user holds none; of an evicted "
+        "buffer, bytes that can be swapped out.",
     ),
 }
 """Keys of each entry of ListBuffers; a key that does not apply is absent."""
@@ -347,6 +361,7 @@ def types(keys: Mapping[str, Key]) -> dict[str, str]:
 CONSTRAINT_TYPES: Final = types(CONSTRAINT_KEYS)
 SPEC_TYPES: Final = types(SPEC_KEYS)
 GET_FD_TYPES: Final = types(GET_FD_KEYS)
+MOVE_TYPES: Final = types(MOVE_KEYS)
 ATTACH_TYPES: Final = types(ATTACH_KEYS)
 ATTACHMENT_TYPES: Final = types(ATTACHMENT_KEYS)
 VERDICT_TYPES: Final = types(VERDICT_KEYS)
