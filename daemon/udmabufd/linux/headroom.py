@@ -8,6 +8,7 @@ and how much slack to leave, is left to the caller: others allocate at the same 
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from dataclasses import dataclass
@@ -60,28 +61,54 @@ class Headroom:
             rooms += _of_group(group, group.name if group != self._root else "the root control group", beside)
         return min(rooms, key=lambda room: room.available)
 
+    def reclaimable(self, evicted: int) -> int:
+        """Return how much the kernel could swap out of `evicted` bytes of memfds that this process and its former
+        lives are charged for, before it refuses or kills: what is in memory of them, and fits into swap. Raises
+        OSError without /proc.
+        """
+        free = self._memory_info("SwapFree")
+        for group in self._groups():
+            if (limit := _figure(group / "memory.swap.max")) is not None:
+                free = min(free, limit - (_figure(group / "memory.swap.current") or 0))
+        own = self._own_group()
+        swapped = 0 if own is None else _figure(own / "memory.swap.current") or 0
+        return max(min(evicted - swapped, free), 0)
+
     def shared_memory(self) -> int | None:
         """Return the bytes of memfds that this process and its former lives are charged for, None if nothing tells.
 
         Those of a slice of its own: what a former life has allocated is counted there and not in its own group.
         """
-        groups = [group for group in self._groups() if group.name == _SLICE] or self._groups()
+        own = self._own_group()
+        if own is None:
+            return None
         try:
-            for line in (groups[0] / "memory.stat").read_text(encoding="ascii").splitlines():
+            for line in (own / "memory.stat").read_text(encoding="ascii").splitlines():
                 name, _, value = line.partition(" ")
                 if name == "shmem":
                     return int(value)
-        except (OSError, IndexError):
+        except OSError:
             pass
         return None
 
     def _machine(self) -> Room:
-        fields = {}
+        total, available = self._memory_info("MemTotal"), self._memory_info("MemAvailable")
+        return Room(available, "MemAvailable", total, total - available)
+
+    def _memory_info(self, field: str) -> int:
+        """Return the bytes of a line of /proc/meminfo."""
         for line in (self._proc / "meminfo").read_text(encoding="ascii").splitlines():
             name, _, value = line.partition(":")
-            fields[name] = value
-        total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-        return Room(available, "MemAvailable", total, total - available)
+            if name == field:
+                return int(value.split()[0]) * 1024
+        raise OSError(errno.ENODATA, f"/proc/meminfo has no {field}")
+
+    def _own_group(self) -> Path | None:
+        """Return the slice of the service's own: what a former life has allocated is counted there; or else the group
+        of this process.
+        """
+        groups = self._groups()
+        return next((group for group in groups if group.name == _SLICE), groups[0] if groups else None)
 
     def _groups(self) -> list[Path]:
         """Return the directories of this process's control group and those above it, the outermost too.
@@ -108,6 +135,15 @@ def free_fds(proc: Path = _PROC) -> int:
     # One less: that of the listing itself.
     count = directory.stat().st_size or len(os.listdir(directory)) - 1  # noqa: PTH208 (names are wanted)
     return soft - count
+
+
+def _figure(file: Path) -> int | None:
+    """Return the figure in a file of a control group; None without one, or where it is `max`."""
+    try:
+        text = file.read_bytes().strip()
+    except OSError:
+        return None
+    return None if text == b"max" else int(text)
 
 
 def _of_group(group: Path, name: str, beside: int) -> list[Room]:

@@ -27,6 +27,7 @@ FIELDS: Final[dict[str, str]] = {
     "count": "UDMABUFD_COUNT",
     "device": "UDMABUFD_DEVICE",
     "error": "UDMABUFD_ERROR",
+    "former": "UDMABUFD_FORMER",
     "holders": "UDMABUFD_HOLDERS",
     "limit": "UDMABUFD_LIMIT",
     "maximum": "UDMABUFD_MAXIMUM",
