@@ -29,6 +29,7 @@ from udmabufd.core.events import Event, emit
 from udmabufd.core.identity import Identity
 from udmabufd.core.ledger import Ledger
 from udmabufd.core.maker import Maker
+from udmabufd.core.moving import Moving
 from udmabufd.core.placement import Placement
 from udmabufd.core.service import Service
 from udmabufd.core.spec import Request
@@ -41,6 +42,7 @@ from udmabufd.system.devices import DeviceEvent, DeviceMonitor
 from udmabufd.system.fdstore import FdStore
 from udmabufd.system.logcontrol import LogControl
 from udmabufd.system.notify import Notifier
+from udmabufd.system.pressure import MACHINE, MemoryPressure, source_from_environment
 from udmabufd.system.store_capacity import SPARE_FDS, check_capacity, stored_fds
 from udmabufd.system.watchdog import Watchdog, timeout_from_environment
 from udmabufd_base.codec import LIBRARY
@@ -52,6 +54,9 @@ STOP_TIMEOUT = 5.0
 
 PROBE_TIMEOUT = 5.0
 """Seconds that a start waits for heaps and cards to be opened."""
+
+PRESSURE_STEP = 64 << 20
+"""Bytes of idle buffers that are evicted, at least, each time that the kernel tells of memory pressure."""
 
 STORE_TIMEOUT = 2.0
 """Seconds for the service manager to take what was last said to its store."""
@@ -76,6 +81,8 @@ class App:
         raise_fd_limit(stored_fds(limits.max_buffers) + SPARE_FDS)
         self._workers = Workers()
         self._prover = Workers(1, "prover")
+        # A copy may wait for devices that use the memory: nobody who fills memory waits for it.
+        self._movers = Workers(2, "mover")
         # Of its own: who fills memory waits for nobody's look-ups. One thread, as libudev wants it.
         self._lookups = Workers(1, "devices")
         ledger = Ledger(limits, time.monotonic)
@@ -89,16 +96,31 @@ class App:
         self._custody = Custody(
             ledger, limits.max_buffers, self._store, self._workers, self._prover, inherited, self._udmabuf.maps
         )
-        headroom = Headroom()
+        self._headroom = headroom = Headroom()
         maker = Maker(
-            self._custody, Admission(headroom.read, free_fds, headroom.shared_memory), self._store, self._workers
+            self._custody,
+            Admission(headroom.read, free_fds, headroom.shared_memory, headroom.reclaimable),
+            self._store,
+            self._workers,
         )
         placement = Placement(self._allocators.pool, self._devices)
-        self._service = Service(limits, ledger, placement, self._udmabuf, self._custody, maker, self._identity)
+        moving = Moving(
+            self._custody,
+            maker,
+            placement,
+            self._udmabuf,
+            self._store,
+            self._workers,
+            self._movers,
+            limits.move_timeout_msec,
+        )
+        maker.relieve = moving.evict_idle
+        self._service = Service(limits, ledger, placement, self._udmabuf, self._custody, maker, self._identity, moving)
         self._server = Server(self._service, ledger, Closer(), log_control)
         self._probing = asyncio.Lock()
         self._waiting_probes: set[asyncio.Task[None]] = set()
         self._following: set[asyncio.Task[None]] = set()
+        self._relieving: set[asyncio.Task[None]] = set()
         self._served = False
 
     async def run(self, address: str) -> None:
@@ -133,7 +155,11 @@ class App:
                 await asyncio.wait(tuple(self._following), timeout=PROBE_TIMEOUT)
             await self._server.start(address)
             await self._service.attaching.resume()
-            with Watchdog(self._notifier, self._unwell, watchdog_timeout):
+            self._service.moving.moves.resume()
+            # The unit's own group sees stalls of the daemon alone, which may have everybody's memory and do nothing.
+            sources = [source for source in (source_from_environment(), MACHINE) if source is not None]
+            pressure = MemoryPressure(self._relieve, sources)
+            with Watchdog(self._notifier, self._unwell, watchdog_timeout), pressure:
                 self._notifier.ready()
                 log.info("Serving with %s", LIBRARY)
                 raise BusLost(f"The connection to the bus was lost: {await self._server.wait_lost()}")
@@ -142,17 +168,28 @@ class App:
         self._notifier.stopping()
         await self._server.stop(STOP_TIMEOUT)
         await self._custody.close()
-        if under_way := (*self._waiting_probes, *self._following):
+        if under_way := (*self._waiting_probes, *self._following, *self._relieving):
             await asyncio.wait(under_way, timeout=STOP_TIMEOUT)
         self._allocators.pool.close()
         self._udmabuf.close()
         self._workers.close()
         self._prover.close()
+        self._movers.close()
         self._lookups.close()
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(STORE_TIMEOUT):
                 await self._store.settled()
         self._store.close()
+
+    def _relieve(self) -> None:
+        """Memory is short: evict some of what nobody uses, unless that is being done already."""
+        # Without swap the memory of an evicted buffer would stay where it is.
+        if not self._relieving and self._headroom.reclaimable(1 << 62):
+            _keep(asyncio.create_task(self._evict_some()), self._relieving)
+
+    async def _evict_some(self) -> None:
+        freed = await self._service.moving.evict_idle(PRESSURE_STEP)
+        log.info("Memory is short: %d bytes of idle buffers were evicted", freed)
 
     def _unwell(self) -> str | None:
         return None if self._server.connected else "the connection to the bus is lost"

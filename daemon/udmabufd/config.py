@@ -36,7 +36,11 @@ class DeviceConfig:
 
     device: str = field(
         default="/dev/udmabuf",
-        metadata={"unit": "path", "doc": "The device node that exports memfds as dma-bufs."},
+        metadata={
+            "unit": "path",
+            "doc": "The device node that exports memfds as dma-bufs. It may be that of another driver with the same "
+            "ioctls, see udmabufd(8).",
+        },
     )
     parameters: str = field(
         default="/sys/module/udmabuf/parameters",
@@ -57,9 +61,10 @@ class AllocatorConfig:
             "unit": "allocators",
             "pattern": rf"{UDMABUF}|{UDMABUF_2M}|{UDMABUF_1G}|{MEMFD}|({HEAP_PREFIX}|{DUMB_PREFIX}){_GLOB}",
             "example": f"'{UDMABUF}' or '{HEAP_PREFIX}*'",
-            "doc": "The allocators, best first: a buffer gets memory from the first that suits its devices and has "
-            "some. heap:* stands for all dma-heaps and dumb:* for all cards of [drm], in the order of their names; "
-            "heap:system is one heap. What is not in the list is not used.",
+            "doc": "The allocators, best first; those that map memory as it was asked for come before the others. A "
+            "buffer gets memory from the first that suits its devices and has some. heap:* stands for all dma-heaps "
+            "and dumb:* for all cards of [drm], in the order of their names; heap:system is one heap. What is not in "
+            "the list is not used.",
         },
     )
 

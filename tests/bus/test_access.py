@@ -135,7 +135,7 @@ async def test_the_errors_of_the_specification_where_the_bus_lets_everything_thr
             # A holder that asks for a member of a later version learns that, and not that its buffer is gone.
             (path,) = await peer.call("CreateBuffer", "a{sv}", spec(size=1, kind="memfd"))
             with pytest.raises(RemoteError) as caught:
-                await peer.call("Pin", path=path)
+                await peer.call("Resize", path=path)
             assert caught.value.name == "org.freedesktop.DBus.Error.UnknownMethod"
         finally:
             peer.close()

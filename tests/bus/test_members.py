@@ -242,6 +242,7 @@ async def test_properties_have_the_types_of_the_xml(peer: Peer) -> None:
         "MaxBufferSize": "t",
         "MaxBytesPerUser": "t",
         "MaxBytesPerApplication": "t",
+        "MaxEvictedBytesPerUser": "t",
         "MaxWrappedBytesPerUser": "t",
         "MaxFdsInFlightPerUser": "u",
         "MaxSharesPerUser": "u",
@@ -254,6 +255,7 @@ async def test_properties_have_the_types_of_the_xml(peer: Peer) -> None:
         "MaxCallsInFlightPerUser": "u",
         "Buffers": "u",
         "Bytes": "t",
+        "EvictedBytes": "t",
     }
     assert everything["Allocators"].value[-1] == "memfd"
 

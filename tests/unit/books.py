@@ -36,6 +36,7 @@ class Quotas(NamedTuple):
     shares: int
     application_bytes: int
     attachments: int
+    evicted: int = 0
 
 
 class Verdict(Enum):
@@ -54,9 +55,28 @@ class Client:
     owner: Payer
 
 
+class Attached(NamedTuple):
+    """An attachment: whose, of which device, and whether it is told of moves."""
+
+    client: Client
+    device: str
+    dynamic: bool = False
+    pins: int = 0
+
+
+ORDINARY = "udmabuf"
+"""The allocator whose memory has a memfd of the service's own."""
+
+FIRST = {"dma-buf": ORDINARY}
+"""The allocator that is asked first for a kind; others are called as the kind is."""
+
+PICKY = "card"
+"""A device that takes nothing but memory of one allocator; the others take any."""
+
+
 @dataclass(eq=False)
 class Known:
-    """A buffer as clients know it."""
+    """A buffer as clients know it, or memory that one had before: such has an `origin`, and no id until it is seen."""
 
     size: int
     kind: str
@@ -71,14 +91,26 @@ class Known:
     """Who was told that a call with a request_id has brought it a share."""
     unanswered: set[Client] = field(default_factory=set)
     """Who has a share by a call with a request_id, and perhaps was never told so before the service was killed."""
-    attachments: dict[int, tuple[Client, str]] = field(default_factory=dict)
-    """By number: whose, and the device. No device of these demands anything."""
+    attachments: dict[int, Attached] = field(default_factory=dict)
+    """By number."""
     attached: int = 0
     """The last number that was given."""
     backed: bool = False
+    elsewhere: str = ""
+    """The allocator of its memory, if that is another than what memory of its kind is of at first."""
+    serial: int = 0
+    evicted: bool = False
+    withdrawn: bool = False
+    """It was evicted when its last holder went: nobody can have it again."""
+    loose: set[Client] = field(default_factory=set)
+    """Who has a descriptor without a dynamic attachment."""
+    content: str = ""
+    origin: Known | None = None
     state: str = "held"
     """held, waiting (for those who held it, or asked for it, until `until`), lingering (since `since`)."""
     kept: bool = False
+    awaited: float = 0.0
+    """Until when those that had it when the bus ended may come back."""
     until: float = 0.0
     since: float = 0.0
     shadowed: bool = False
@@ -87,9 +119,48 @@ class Known:
     paths: list[Any] = field(default_factory=list)
 
     @property
+    def allocator(self) -> str:
+        """Whose memory it has."""
+        return (self.elsewhere or FIRST.get(self.kind, self.kind)) if self.backed else ""
+
+    @allocator.setter
+    def allocator(self, allocator: str) -> None:
+        self.backed, self.elsewhere = True, allocator if allocator != FIRST.get(self.kind, self.kind) else ""
+
+    def back(self, allocator: str) -> None:
+        """It has got its first memory."""
+        self.allocator, self.serial = allocator, 1
+
+    @property
     def free(self) -> bool:
         """Whether nothing references the memory that nobody holds, as far as the service can tell."""
-        return self.state == "lingering" and not self.fds and (self.kind == "wrapped" or not self.paths)
+        return self.state == "lingering" and not self.fds and (self.allocator != ORDINARY or not self.paths)
+
+    @property
+    def movable(self) -> bool:
+        """Whether it is memory of the service's own choice."""
+        return self.backed and self.kind == "dma-buf" and self.state != "lingering"
+
+    @property
+    def demanding(self) -> bool:
+        """Whether a device takes nothing but memory of one allocator."""
+        return any(row.device == PICKY for row in self.attachments.values())
+
+    def answers(self, client: Client) -> bool:
+        """Whether a dynamic attachment answers for all that `client` has."""
+        return any(row.dynamic and row.client is client for row in self.attachments.values())
+
+    def loosen(self, client: Client) -> None:
+        """`client` has got a descriptor that is for no attachment."""
+        if client in self.shares and not self.answers(client):
+            self.loose.add(client)
+
+    def held_in_place(self, now: float, answering: Client | None = None) -> bool:
+        """Whether it has to stay where it is; `answering` is about to attach dynamically."""
+        rows = self.attachments.values()
+        if self.kept or self.awaited > now:
+            return True
+        return bool(self.loose - {answering}) or any(row.pins or not row.dynamic for row in rows)
 
 
 class Books:
@@ -113,16 +184,28 @@ class Books:
             if buffer in without:
                 continue
             if buffer.backed:
-                charge(buffer.payer, "wrapped" if buffer.kind == "wrapped" else "bytes", buffer.size)
+                what = "evicted" if buffer.evicted else "wrapped" if buffer.kind == "wrapped" else "bytes"
+                charge(buffer.payer, what, buffer.size)
                 if buffer.state == "lingering":
                     charge(buffer.payer, "lingering", buffer.size)
             for owner in {buffer.payer, *(client.owner for client in buffer.shares)}:
                 charge(owner, "buffers", 1)
             for client in buffer.shares:
                 charge(client.owner, "shares", 1)
-            for client, _ in buffer.attachments.values():
-                charge(client.owner, "attachments", 1)
+            for row in buffer.attachments.values():
+                charge(row.client.owner, "attachments", 1)
         return found
+
+    def moving(self, buffer: Known, size: int, causer: Payer | None = None) -> Verdict:
+        """Return whether `buffer` may have other memory of so many bytes, while what it has becomes a buffer that
+        lingers, at the cost of `causer` if that is another user.
+        """
+        former: dict[str, int] = {"buffers": 1}
+        payer = buffer.payer
+        if causer is not None and causer.uid != payer.uid:
+            payer, former = causer, former | {"bytes": buffer.size}
+        verdicts = {self.verdict(payer, former, swept=False), self.verdict(buffer.payer, {"bytes": size})}
+        return next(each for each in (Verdict.REFUSED, Verdict.EITHER, Verdict.ALLOWED) if each in verdicts)
 
     def verdict(self, owner: Payer, more: dict[str, int], *, swept: bool = True) -> Verdict:
         """Return whether `owner` may be charged with `more`. What is free, but was not noticed, must not be in the way
@@ -175,15 +258,41 @@ class Books:
         if asked is not None:
             self.stands[asked] = question, made
 
-    def attach(self, buffer: Known, client: Client, devices: Iterable[str]) -> None:
+    def attach(self, buffer: Known, client: Client, devices: Iterable[str], *, dynamic: bool = False) -> None:
         """`client` has attached devices."""
         for device in devices:
             buffer.attached += 1
-            buffer.attachments[buffer.attached] = client, device
+            buffer.attachments[buffer.attached] = Attached(client, device, dynamic)
+            if buffer.answers(client):
+                buffer.loose.discard(client)
+
+    def moved(self, buffer: Known, allocator: str, size: int, causer: Payer | None) -> Known:
+        """`buffer` has got other memory; return what it had, which lingers at the cost of `causer`, another user than
+        the one who paid before, or of who pays now.
+        """
+        former = Known(
+            buffer.size,
+            buffer.kind,
+            buffer.name,
+            causer or buffer.payer,
+            backed=True,
+            elsewhere=buffer.elsewhere,
+            serial=buffer.serial,
+            state="lingering",
+            shadowed=buffer.shadowed,
+            fds=buffer.fds,
+            paths=buffer.paths,
+            content=buffer.content,
+            origin=buffer,
+        )
+        buffer.fds, buffer.paths, buffer.shadowed = [], [], False
+        buffer.allocator, buffer.size = allocator, size
+        self.buffers.append(former)
+        return former
 
     def missing(self, buffer: Known, client: Client, devices: Iterable[str]) -> list[str]:
         """Return which of `devices` `client` has not attached."""
-        own = Counter(device for other, device in buffer.attachments.values() if other is client)
+        own = Counter(row.device for row in buffer.attachments.values() if row.client is client)
         rest = []
         for device in devices:
             if own[device]:
@@ -195,7 +304,12 @@ class Books:
     def unplugged(self, device: str) -> None:
         """A device has gone."""
         for buffer in self.buffers:
-            buffer.attachments = {n: row for n, row in buffer.attachments.items() if row[1] != device}
+            ended = [row.client for row in buffer.attachments.values() if row.device == device]
+            buffer.attachments = {n: row for n, row in buffer.attachments.items() if row.device != device}
+            if buffer.backed and not buffer.evicted:
+                # What they may have got for it nothing answers for any more.
+                for client in ended:
+                    buffer.loosen(client)
 
     def share_again(self, buffer: Known, client: Client) -> None:
         """`client` has repeated the call that made the buffer; what it was never told of, it is told of now."""
@@ -234,6 +348,7 @@ class Books:
             for buffer in asked_for:
                 buffer.unanswered = set(buffer.shares) - buffer.told
         for buffer in self.buffers:
+            buffer.awaited = 0.0
             if buffer.state == "waiting":
                 buffer.until = now + (BUS_GRACE if buffer.kept else REQUEST_GRACE)
             if buffer.free:
@@ -245,10 +360,12 @@ class Books:
         for buffer in self.buffers:
             if buffer.shares:
                 buffer.shares.clear()
+                buffer.loose.clear()
                 buffer.attachments.clear()
                 buffer.unanswered.clear()
                 buffer.told.clear()
                 buffer.state, buffer.kept, buffer.until = "waiting", True, now + BUS_GRACE
+                buffer.awaited = buffer.until
 
     def observed(self, ids: Collection[str], now: float) -> list[str]:
         """Take out what was freed; return what should have been by now, or should be there."""
@@ -265,7 +382,8 @@ class Books:
 
     def _leave(self, buffer: Known, client: Client, now: float) -> None:
         del buffer.shares[client]
-        buffer.attachments = {n: row for n, row in buffer.attachments.items() if row[0] is not client}
+        buffer.loose.discard(client)
+        buffer.attachments = {n: row for n, row in buffer.attachments.items() if row.client is not client}
         buffer.unanswered.discard(client)
         buffer.told.discard(client)
         self._settle(buffer)
@@ -285,6 +403,7 @@ class Books:
         buffer.asked, buffer.kept = None, False
         if buffer.backed and buffer.kind != "memfd":
             buffer.state, buffer.since = "lingering", now
+            buffer.withdrawn, buffer.evicted = buffer.evicted, False
         else:
             self.buffers.remove(buffer)
 

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.unit.books import Client, Known, Payer, Verdict
+from tests.unit.books import ORDINARY, Client, Known, Payer, Verdict
 from tests.unit.comparison import Compared, Wrong, same
+from tests.unit.time_loop import at_rest
 from udmabufd.core.errors import AllocatorError, InvalidSpec, NoSuchDevice, QuotaExceeded
 from udmabufd.core.service import Grant
 from udmabufd_base.fd import OwnedFd
@@ -26,6 +27,17 @@ class Question:
     brought: OwnedFd | None = None
 
 
+Errors = type[AllocatorError] | tuple[type[AllocatorError], ...]
+
+
+@dataclass
+class Meanwhile:
+    """A call of somebody else that has to wait for the end of one; what is expected of it is asked then."""
+
+    run: Callable[[], Awaitable[Any]]
+    call: Callable[[], Call]
+
+
 @dataclass
 class Call:
     """A call, what is expected of it, and what it means if it is answered, refused or cut off."""
@@ -34,10 +46,17 @@ class Call:
     done: Callable[[Any], None]
     cut_off: Callable[[], None]
     verdict: Verdict = Verdict.ALLOWED
-    error: type[AllocatorError] | None = None
+    error: Errors | None = None
     perhaps: bool = False
     """Whether it depends on what the service has done by now whether there is that error."""
     refused: Callable[[], None] = lambda: None
+    expected: Callable[[], Errors | None] | None = None
+    """Tells afterwards which error there had to be, where that depends on what importers have done meanwhile."""
+    meanwhile: Meanwhile | None = None
+
+
+PATIENCE = 60.0
+"""Seconds that no call takes, whatever others do."""
 
 
 class Calls(Compared):
@@ -51,11 +70,11 @@ class Calls(Compared):
     async def _call(self, call: Call) -> None:
         machine = self.machine
         if self.kill_in is not None:
-            machine.kill_after, self.kill_in = len(machine.effects) + self.kill_in, None
+            machine.kill_after = len(machine.effects) + self.kill_in
         task = asyncio.ensure_future(call.run())
-        while not task.done() and not machine.killed:
-            await asyncio.wait((task,), timeout=0.05)
-        machine.kill_after = None
+        other = await self._start_meanwhile(call, task)
+        await self._wait_for(task)
+        machine.kill_after = self.kill_in = None
         if machine.killed:
             if task.done() and not task.cancelled() and task.exception() is None:
                 _close_grants(task.result())
@@ -64,6 +83,40 @@ class Calls(Compared):
             call.cut_off()
             self.books.restarted(self.now)
             return
+        self._judge(call, task)
+        if other is not None:
+            assert call.meanwhile is not None
+            await self._wait_for(other)
+            self._judge(call.meanwhile.call(), other)
+            self.happened["waited for a move"] += 1
+
+    async def _wait_for(self, task: asyncio.Future[Any]) -> None:
+        begun = self.now
+        while not task.done() and not self.machine.killed:
+            await asyncio.wait((task,), timeout=0.05)
+            if self.now > begun + PATIENCE:
+                raise Wrong("a call waits for ever")
+
+    async def _start_meanwhile(self, call: Call, task: asyncio.Future[Any]) -> asyncio.Future[Any] | None:
+        """Begin with what somebody else wants meanwhile, if `call` waits for anything."""
+        if call.meanwhile is None:
+            return None
+        await at_rest()
+        if task.done():
+            return None
+        other = asyncio.ensure_future(call.meanwhile.run())
+
+        def check(_: object) -> None:
+            if not task.done():
+                self.happened["not waited for"] += 1
+
+        other.add_done_callback(check)
+        return other
+
+    def _judge(self, call: Call, task: asyncio.Future[Any]) -> None:
+        """Hold the outcome against what was expected."""
+        if call.expected is not None:
+            call.error = call.expected()
         try:
             answer = task.result()
         except QuotaExceeded as error:
@@ -80,7 +133,7 @@ class Calls(Compared):
         if call.verdict is Verdict.REFUSED:
             raise Wrong("allowed, though it had to be refused")
         if call.error is not None and not call.perhaps:
-            raise Wrong(f"allowed, though it had to be refused with {call.error.__name__}")
+            raise Wrong(f"allowed, though it had to be refused with {call.error}")
         call.done(answer)
 
     def _make(self, client: Client, question: Question, asked: tuple[Payer, str] | None) -> Call:
@@ -116,11 +169,13 @@ class Calls(Compared):
             more["wrapped" if kind == "wrapped" else "bytes"] = spec["size"] * question.count
 
         def made(found: Sequence[Any]) -> None:
-            new = [
-                Known(spec["size"], kind, b.name, client.owner, id=b.id, ticket=b.ticket, backed=backed) for b in found
-            ]
+            new = [Known(spec["size"], kind, b.name, client.owner, id=b.id, ticket=b.ticket) for b in found]
             self.known += new
             self.books.made(client, new, asked, (question.member, question.count, plain_spec(spec)), devices)
+            if backed:
+                for known in new:
+                    known.back({"dma-buf": ORDINARY}.get(kind, kind))
+                    known.loosen(client)
             self.happened["attached with a buffer"] += bool(devices)
 
         def done(answer: Any) -> None:
@@ -144,6 +199,7 @@ class Calls(Compared):
                     known.asked = None
                 if not self._shares_now(known, client):
                     self.books.release(known, client, self.now)
+                self._loose_by_half(known, client)
             held = [known for known in self.known[-len(new) :] if known.shares]
             # Without an id there is a moment in which some of the shares are recorded, and not yet the others.
             if held and len(new) < question.count and asked is not None:
@@ -172,6 +228,8 @@ class Calls(Compared):
             for buffer, rest in zip(buffers, missing, strict=True):
                 self.books.share_again(buffer, client)
                 self.books.attach(buffer, client, rest)
+                if fds_of(answer):
+                    buffer.loosen(client)
                 self.happened["attached again"] += bool(rest)
             self._tell(client, buffers, answer)
 
@@ -193,14 +251,27 @@ class Calls(Compared):
                 if self._shares_now(buffer, client) > buffer.shares.get(client, 0):
                     self.books.share(buffer, client)
                 self._attached_by_half(buffer, client, rest)
+                self._loose_by_half(buffer, client)
 
         return Call(run, done, cut_off, verdict, refused=refused)
 
-    def _attached_by_half(self, known: Known, client: Client, devices: Sequence[str]) -> None:
+    def _attached_by_half(
+        self, known: Known, client: Client, devices: Sequence[str], *, dynamic: bool = False
+    ) -> None:
         """See how many of `devices` were attached when the service was killed: some of them, in their order."""
         buffer = self._there(known)
         if buffer is not None and client in known.shares:
-            self.books.attach(known, client, devices[: buffer.attached - known.attached])
+            loose = client in known.loose and self.holder(client) in buffer.loose
+            self.books.attach(known, client, devices[: buffer.attached - known.attached], dynamic=dynamic)
+            if loose:
+                # Who was never told of its attachment does not answer for it either, until it has another.
+                known.loose.add(client)
+
+    def _loose_by_half(self, known: Known, client: Client) -> None:
+        """See whether the descriptor that `client` was about to get is known of."""
+        buffer = self._there(known)
+        if buffer is not None and self.holder(client) in buffer.loose:
+            known.loosen(client)
 
     def _there(self, known: Known) -> Any:
         return next((buffer for buffer in self.life.custody.registry if buffer.id == known.id), None)

@@ -8,16 +8,26 @@ import random
 from collections import Counter
 from typing import Any
 
-from tests.unit.books import Books, Client, Known, Payer, Quotas
-from tests.unit.machine import Life, Machine
+from tests.unit.books import PICKY, Books, Client, Known, Payer, Quotas
+from tests.unit.heaps import MadeUpAllocator
+from tests.unit.machine import Life, Machine, references
 from udmabufd.core import restore
 from udmabufd.core.ledger import Owner, Resource
 from udmabufd.core.limits import Limits
+from udmabufd.core.memory import Accounting
 from udmabufd.core.spec import PAGE_SIZE
 from udmabufd.core.state import StateFile
 from udmabufd.core.store import STATE_NAME
 
 DEVICES = ("gpu", "camera")
+"""Devices that take any memory."""
+
+FAR, LARGE = "heap:far", "heap:large"
+"""Allocators beside the ordinary one: that which one device needs, and one that rounds sizes up to STEP."""
+
+STEP = 4 * PAGE_SIZE
+
+ROOT = Payer(0, "")
 OWNERS = [Payer(uid, application) for uid in (1000, 1001) for application in ("", "camera")]
 
 
@@ -38,6 +48,7 @@ class Compared:
             shares=rng.choice([8, 16, 40]),
             application_bytes=rng.choice([0, 0, 16 * PAGE_SIZE]),
             attachments=rng.choice([2, 5, 40]),
+            evicted=rng.choice([6, 16, 100]) * PAGE_SIZE,
         )
         self.machine = Machine(
             Limits(
@@ -47,10 +58,12 @@ class Compared:
                 max_buffers_per_user=self.quotas.buffers,
                 max_shares_per_user=self.quotas.shares,
                 max_attachments_per_user=self.quotas.attachments,
+                max_evicted_bytes_per_user=self.quotas.evicted,
             )
         )
-        for device in DEVICES:
-            self.machine.devices.come(device)
+        for device in (*DEVICES, PICKY):
+            self.come(device)
+        self.machine.began = _allocators
         self.gone: set[str] = set()
         self.books = Books(self.quotas)
         self.clients: list[Client] = []
@@ -58,6 +71,10 @@ class Compared:
         self.happened: Counter[str] = Counter()
         self._payers: dict[str, Payer] = {}
         self.life: Life
+
+    def come(self, device: str) -> None:
+        """Have a device come."""
+        self.machine.devices.come(device, **({"allocators": [FAR]} if device == PICKY else {}))
 
     @property
     def now(self) -> float:
@@ -67,9 +84,12 @@ class Compared:
         return self.delays.choice([0.0, 0.0, 0.0, 0.001, 0.01])
 
     def _being_closed(self) -> bool:
-        """Whether a buffer has gone, and its charge has not yet, for the last descriptor is just being closed."""
+        """Whether memory has gone, and its charge has not yet, for the last descriptor is just being closed; or one is
+        just being put in the place of another.
+        """
         custody = self.life.custody
-        return any(buffer not in custody.registry for buffer in custody.lingering._watches)
+        gone = any(buffer not in custody.registry for buffer in custody.lingering._watches)
+        return gone or bool(custody._disposals) or bool(self.life.left_open())
 
     def compare(self) -> None:
         """Hold registry, ledger, state and store against the books."""
@@ -81,21 +101,25 @@ class Compared:
             buffer = registry[known.id]
             same(f"shares of {known.id}", shares_of(buffer.shares), shares_of(known.shares))
             same(f"payer of {known.id}", tuple(buffer.payer), tuple(known.payer))
-            state = "lingering" if known.state == "lingering" else "backed" if known.backed else "empty"
+            backed = "evicted" if known.evicted else "backed" if known.backed else "empty"
+            state = "lingering" if known.state == "lingering" else backed
             same(f"state of {known.id}", str(buffer.state), state)
             same(f"charge of {known.id}", buffer.charged, known.size if known.backed else 0)
             kept = buffer.kept and known.state != "lingering"
             same(f"facts of {known.id}", (buffer.name, buffer.ticket, buffer.serial, kept), self._facts(known))
-            rows = {n: (a.holder.name, a.wish.device) for n, a in buffer.attachments.items()}
+            rows = {n: (a.holder.name, a.wish.device, a.wish.dynamic, a.pins) for n, a in buffer.attachments.items()}
             same(
                 f"attachments of {known.id}",
                 rows,
-                {n: (c.name, device) for n, (c, device) in known.attachments.items()},
+                {n: (row.client.name, *row[1:]) for n, row in known.attachments.items()},
             )
             same(f"attached to {known.id}", buffer.attached, known.attached)
+            same(f"loose of {known.id}", {h.name for h in buffer.loose}, {client.name for client in known.loose})
+            same(f"moving of {known.id}", (buffer.moving, buffer in self.life.service.moving.moves), (0, False))
+            self._compare_memory(known, buffer)
             self._note(known)
         self._compare_charges()
-        for owner in [*OWNERS, Payer(0, "")]:
+        for owner in [*OWNERS, ROOT]:
             visible = [
                 b.id
                 for b in self.books.buffers
@@ -104,6 +128,20 @@ class Compared:
             same(f"list for {owner}", [b.id for b in self.life.service.list_for(Owner(*owner))], visible)
         self._compare_state(registry)
         self._compare_store(registry)
+
+    def _compare_memory(self, known: Known, buffer: Any) -> None:
+        """What was written last, by whoever followed the protocol, is in the memory, and nobody else has that."""
+        same(f"former memory {known.id}", buffer.origin, "" if known.origin is None else known.origin.id)
+        memory = buffer.memory
+        if memory is None:
+            same(f"memory of {known.id}", "", known.allocator)
+            return
+        same(f"memory of {known.id}", (memory.allocator, memory.size), (known.allocator, known.size))
+        where = self.machine.where(memory.exported.fileno())
+        same(f"contents of {known.id}", self.machine.contents.get(where, ""), known.content)
+        if memory.dma_buf is not None:
+            # Clients', the service's own, and the store's.
+            same(f"references to {known.id}", references(memory.inode), len(known.fds) + 2)
 
     def _note(self, known: Known) -> None:
         """Count what has come about, so that a test can see that it does."""
@@ -118,13 +156,13 @@ class Compared:
 
     @staticmethod
     def _facts(known: Known) -> tuple[str, str, int, bool]:
-        return known.name, known.ticket, int(known.backed), known.kept
+        return known.name, known.ticket, known.serial, known.kept
 
     def _compare_charges(self) -> None:
         ledger, expected = self.life.ledger, self.books.charges()
         total: Counter[str] = Counter()
         users: dict[int, Counter[str]] = {}
-        for owner in OWNERS:
+        for owner in [*OWNERS, ROOT]:
             amounts = expected.get(owner, Counter())
             account = ledger.account(Owner(*owner))
             found = {
@@ -133,6 +171,7 @@ class Compared:
                 "buffers": account.amounts[Resource.BUFFERS],
                 "shares": account.amounts[Resource.SHARES],
                 "attachments": account.amounts[Resource.ATTACHMENTS],
+                "evicted": account.amounts[Resource.EVICTED],
                 "lingering": account.lingering.total(),
             }
             same(f"charges of {owner}", found, {key: amounts[key] for key in found})
@@ -142,6 +181,7 @@ class Compared:
         for uid, amounts in users.items():
             user = ledger.account(Owner(uid, "")).user
             same(f"bytes of user {uid}", user.amounts[Resource.BYTES], amounts["bytes"])
+            same(f"evicted bytes of user {uid}", user.amounts[Resource.EVICTED], amounts["evicted"])
             same(f"buffers of user {uid}", user.amounts[Resource.BUFFERS], amounts["buffers"])
             same(f"shares of user {uid}", user.amounts[Resource.SHARES], amounts["shares"])
             same(f"lingering of user {uid}", user.lingering.total(), amounts["lingering"])
@@ -158,10 +198,14 @@ class Compared:
         for share in found.shares:
             shares.setdefault(share.buffer, []).append((share.holder, share.count))
         same("shares in the state", shares, {b.id: shares_of(b.shares) for b in registry.values() if b.shares})
-        attachments = {(a.buffer, a.number): (a.holder, a.wish) for a in found.attachments}
+        attachments = {(a.buffer, a.number): (a.holder, a.wish, a.pins) for a in found.attachments}
         expected = {
-            (b.id, a.number): (a.holder.name, a.wish) for b in registry.values() for a in b.attachments.values()
+            (b.id, a.number): (a.holder.name, a.wish, a.pins)
+            for b in registry.values()
+            for a in b.attachments.values()
         }
+        loose = {(share.buffer, share.holder) for share in found.shares if share.loose}
+        same("loose in the state", loose, {(b.id, holder.name) for b in registry.values() for holder in b.loose})
         same("attachments in the state", attachments, expected)
 
     def _compare_store(self, registry: dict[str, Any]) -> None:
@@ -184,8 +228,14 @@ class Compared:
         self.life = await Life.begin(self.machine, [client.name for client in self.clients], self.delay)
 
 
+def _allocators(life: Life) -> None:
+    MadeUpAllocator(life, FAR, accounting=Accounting.SYSTEM)
+    MadeUpAllocator(life, LARGE, size_step=STEP, accounting=Accounting.SYSTEM)
+
+
 def _recorded(b: Any) -> tuple[object, ...]:
-    return b.id, b.name, b.payer, b.ended, b.kept, b.stored_as, b.repeat, b.serial, b.attached
+    where = b.stored_as, b.serial, b.moving, b.origin
+    return b.id, b.name, b.payer, b.ended, b.kept, b.repeat, b.attached, where
 
 
 def same(what: str, found: object, expected: object) -> None:

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tests.unit.books import Client, Known, Verdict
-from tests.unit.calls import Call, Calls, Question, nothing
-from tests.unit.comparison import DEVICES, OWNERS, Wrong, same
+from tests.unit.books import PICKY, Client, Known, Verdict
+from tests.unit.calls import Call, Question, nothing
+from tests.unit.comparison import DEVICES, FAR, OWNERS, Wrong, same
 from tests.unit.machine import Life, clients_memfd, patched, path_of
+from tests.unit.relocations import Relocations
 from tests.unit.time_loop import run
-from udmabufd.core.errors import AccessDenied, InvalidSpec, NoSuchBuffer, NoSuchDevice, NotSupported
+from udmabufd.core.errors import AccessDenied, Busy, InvalidSpec, NoSuchBuffer, NoSuchDevice, NotSupported
 from udmabufd.core.spec import PAGE_SIZE
 from udmabufd.core.store import STATE_NAME
 from udmabufd_base.fd import OwnedFd
@@ -31,14 +32,21 @@ WEIGHTS = {
     "many": 4,
     "create": 4,
     "wrap": 3,
-    "retry": 6,
+    "retry": 10,
     "import_fd": 8,
     "import_path": 3,
     "import_ticket": 14,
     "get_fd": 7,
     "rename": 2,
-    "attach": 9,
+    "attach": 10,
     "detach": 5,
+    "pin": 4,
+    "write": 8,
+    "importer": 22,
+    "move": 14,
+    "evict": 11,
+    "drain": 6,
+    "pressure": 6,
     "unplug": 3,
     "release": 10,
     "leave": 4,
@@ -52,7 +60,11 @@ WEIGHTS = {
     "restart_without_one": 2,
     "other_bus": 1,
     "kill_during": 5,
+    "kill_move": 7,
 }
+
+
+ALL_DEVICES = (*DEVICES, PICKY)
 
 
 class Step(NamedTuple):
@@ -75,7 +87,7 @@ def _numbers(rng: random.Random) -> tuple[int, int, int, int]:
 
 
 @dataclass
-class History(Calls):
+class History(Relocations):
     """One run."""
 
     def __init__(self, seed: int) -> None:
@@ -104,11 +116,20 @@ class History(Calls):
 
     async def _between(self) -> None:
         """Let no time run out in the midst of the next step, and compare."""
-        while soon := [b.until for b in self.books.buffers if b.state == "waiting" and b.until < self.now + 3]:
+        while soon := [b.until for b in self.books.buffers if b.state == "waiting" and b.until < self.now + 8]:
             await asyncio.sleep(max(min(soon) - self.now, 0) + 0.1)
             self.books.pass_time(self.now)
-        while self._being_closed():  # noqa: ASYNC110 (nobody is told of it)
+        # No two calls come at the same time but those that are meant to.
+        await asyncio.sleep(0.001)
+        if any(abs(known.awaited - self.now) < 0.2 for known in self.books.buffers):
+            await asyncio.sleep(0.5)
+        for _ in range(2000):
+            if not self._being_closed():
+                break
+            # Nobody is told of it.
             await asyncio.sleep(0.001)
+        else:
+            raise Wrong(f"left open: {self.life.left_open()}")
         self.books.pass_time(self.now)
         self.compare()
 
@@ -184,6 +205,9 @@ class History(Calls):
             return
         client, asked = pairs[-1 - a % min(len(pairs), 6)]
         question = self.questions[asked]
+        if any(known.evicted for known in self.books.stands.get(asked, ((), ()))[1]):
+            # It would bring them all back; what then is over a quota is shown elsewhere.
+            return
         if d % 3 == 0 and asked in self.books.stands:
             question = Question("CreateBuffer", {"size": PAGE_SIZE, "request_id": asked[1], "name": "other"}, 1)
         await self._call(self._make(client, question, asked))
@@ -193,7 +217,7 @@ class History(Calls):
         having = [known for known in self.known if known.fds]
         if self.clients and having:
             known = having[b % len(having)]
-            await self._import(self.clients[a % len(self.clients)], known, known.fds[0])
+            await self._import(self.clients[a % len(self.clients)], known.origin or known, known.fds[0])
 
     async def import_path(self, a: int, b: int, c: int, d: int) -> None:
         """Import by an O_PATH descriptor."""
@@ -216,13 +240,14 @@ class History(Calls):
         run = lambda: (  # noqa: E731
             service.import_ticket(holder, known.ticket) if fd is None else service.import_fd(holder, fd)
         )
-        if known not in self.books.buffers:
+        if known not in self.books.buffers or known.origin is not None or known.withdrawn:
             await self._call(Call(run, nothing, lambda: None, error=NoSuchBuffer))
             return
 
         def cut_off() -> None:
             if self._shares_now(known, client) > known.shares.get(client, 0):
                 self.books.share(known, client)
+            self._loose_by_half(known, client)
 
         verdict = self.books.verdict(client.owner, self.books.to_share(known, client))
 
@@ -230,6 +255,8 @@ class History(Calls):
             if known.state != "held":
                 self.happened["lives again" if known.state == "lingering" else "was waited for"] += 1
             self.books.share(known, client)
+            if fd is not None:
+                known.loosen(client)
 
         call = Call(run, done, cut_off, verdict)
         if known.state == "lingering" and not known.fds:
@@ -238,32 +265,19 @@ class History(Calls):
         await self._call(call)
 
     async def get_fd(self, a: int, b: int, c: int, d: int) -> None:
-        """GetFd, by a holder or somebody else."""
+        """GetFd, by a holder or somebody else, perhaps for an attachment."""
         if not self.clients or not self.books.buffers:
             return
         known = self.books.buffers[b % len(self.books.buffers)]
         client = self._someone(known, a, stranger=d % 8 == 0)
-        holder, service = self.holder(client), self.life.service
-        run = lambda: service.get_fd(holder, known.id)  # noqa: E731
+        own = [number for number, row in known.attachments.items() if row.client is client]
+        number = own[c % len(own)] if own and c % 4 else 99 if c % 16 == 0 else None
+        call = self._get(known, client, number)
         if client not in known.shares:
-            await self._call(Call(run, nothing, lambda: None, error=NoSuchBuffer))
-            return
-        verdict = Verdict.ALLOWED if known.backed else self.books.verdict(known.payer, {"bytes": known.size})
-
-        def done(grant: Any) -> None:
-            known.backed = True
-            known.fds.append(grant.fd)
-
-        def cut_off() -> None:
-            (buffer,) = [b for b in self.life.custody.registry if b.id == known.id]
-            known.backed = buffer.memory is not None
-
-        await self._call(Call(run, done, cut_off, verdict))
-
-    def _someone(self, known: Known, a: int, *, stranger: bool) -> Client:
-        holders = [client for client in known.shares if client in self.clients]
-        choice = self.clients if stranger or not holders else holders
-        return choice[a % len(choice)]
+            call.error, call.verdict = NoSuchBuffer, Verdict.ALLOWED
+        elif number == 99:
+            call.error, call.verdict = InvalidSpec, Verdict.ALLOWED
+        await self._call(call)
 
     async def rename(self, a: int, b: int, c: int, d: int) -> None:
         """SetName."""
@@ -288,26 +302,54 @@ class History(Calls):
         if not self.clients or not self.books.buffers:
             return
         known = self.books.buffers[b % len(self.books.buffers)]
-        client, device = self._someone(known, a, stranger=d % 8 == 0), DEVICES[c % len(DEVICES)]
+        client, device = self._someone(known, a, stranger=d % 8 == 0), ALL_DEVICES[c % len(ALL_DEVICES)]
+        await self._attach(known, client, device, dynamic=c // 8 % 4 > 0, other=d)
+
+    async def importer(self, a: int, b: int, c: int, d: int) -> None:
+        """Somebody gets a share, attaches dynamically, and has a descriptor for that, as importers do."""
+        buffers = [known for known in self.books.buffers if known.shares and known.kind == "dma-buf"]
+        if not self.clients or not buffers:
+            return
+        known, client = buffers[b % len(buffers)], self.clients[a % len(self.clients)]
+        device = ALL_DEVICES[c % 8 // 3]
+        if client not in known.shares:
+            await self._import(client, known, None)
+        attached = known.attached
+        if client in known.shares and device not in self.gone:
+            await self._attach(known, client, device, dynamic=True, other=d)
+        if known.attached > attached and known.attached in known.attachments:
+            await self._call(self._get(known, client, known.attached))
+
+    async def _attach(self, known: Known, client: Client, device: str, *, dynamic: bool, other: int) -> None:
         holder, attaching = self.holder(client), self.life.service.attaching
-        call = Call(lambda: attaching.attach(holder, known.id, device, {}, c % 4 > 1), nothing, lambda: None)
+        call = Call(lambda: attaching.attach(holder, known.id, device, {}, dynamic), nothing, lambda: None)
         if client not in known.shares:
             call.error = NoSuchBuffer
         elif device in self.gone:
             call.error = NoSuchDevice
         elif known.kind == "memfd":
             call.error = NotSupported
+        elif known.kind == "wrapped" and device == PICKY:
+            call.error = Busy
+            call.verdict = self.books.verdict(client.owner, {"attachments": 1}, swept=False)
         else:
             call.verdict = self.books.verdict(client.owner, {"attachments": 1}, swept=False)
 
             def done(answer: Any) -> None:
-                self.books.attach(known, client, [device])
+                self.books.attach(known, client, [device], dynamic=dynamic)
                 same("number", answer[1].number, known.attached)
                 self.happened["attached"] += 1
 
             call.done = done
-            call.cut_off = lambda: self._attached_by_half(known, client, [device])
+            call.cut_off = lambda: self._attached_by_half(known, client, [device], dynamic=dynamic)
+            if self._needs_a_move(known, device):
+                if call.verdict is Verdict.ALLOWED:
+                    call.verdict = self.books.moving(known, known.size, client.owner)
+                self._moving(call, known, client, client if dynamic else None, None)
+                call.done, call.cut_off = self._moves(known, client, FAR, call.done, call.cut_off)
+                call.meanwhile = self._meanwhile(known, client, other)
         await self._call(call)
+        self._staying = None
 
     async def detach(self, a: int, b: int, c: int, d: int) -> None:
         """Detach, by who attached or somebody else."""
@@ -316,7 +358,7 @@ class History(Calls):
             return
         known = having[b % len(having)]
         number = list(known.attachments)[c % len(known.attachments)]
-        whose, _ = known.attachments[number]
+        whose = known.attachments[number].client
         client = whose if d % 4 else self.clients[a % len(self.clients)]
         holder, attaching = self.holder(client), self.life.service.attaching
         call = Call(lambda: attaching.detach(holder, known.id, number), nothing, lambda: None)
@@ -339,15 +381,15 @@ class History(Calls):
 
     async def unplug(self, a: int, b: int, c: int, d: int) -> None:
         """A device goes, perhaps while the service is away, or comes back."""
-        device = DEVICES[a % len(DEVICES)]
+        device = ALL_DEVICES[a % len(ALL_DEVICES)]
         if device in self.gone:
             self.gone.remove(device)
-            self.machine.devices.come(device)
+            self.come(device)
             return
         self.gone.add(device)
         path = self.machine.devices.go(device)
         self.happened["unplugged"] += any(
-            row[1] == device for b in self.books.buffers for row in b.attachments.values()
+            row.device == device for b in self.books.buffers for row in b.attachments.values()
         )
         if d % 3 == 0:
             await self._again()

@@ -4,8 +4,9 @@ and the service itself, life after life.
 
 The memfds are real. In the place of dma-bufs, which this kernel may not have, there are pipes opened for reading and
 writing: files of their own, with inode numbers, of which real descriptors are counted as the kernel counts references,
-and O_PATH descriptors are not. In the place of the service manager's store there is one that keeps real duplicates,
-takes no open file twice, and handles what it is sent in order, also after the sender's death.
+and O_PATH descriptors are not. What clients have written into either is noted beside them, and follows when the
+service copies. In the place of the service manager's store there is one that keeps real duplicates, takes no open file
+twice, and handles what it is sent in order, also after the sender's death.
 
 A kill is told to happen after the n-th effect (a write into the state, a message to the store): from then on nothing
 that the service still does has any effect, as if it had ended there.
@@ -17,10 +18,11 @@ import asyncio
 import ctypes
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -28,7 +30,8 @@ from tests.unit.devices import MadeUpDevices
 from tests.unit.time_loop import InlineWorkers, at_rest
 from udmabufd.core import state as state_module
 from udmabufd.core.admission import Admission
-from udmabufd.core.buffer import Holder
+from udmabufd.core.attachments import Attachment
+from udmabufd.core.buffer import Buffer, Holder
 from udmabufd.core.custody import Custody
 from udmabufd.core.identity import Identity
 from udmabufd.core.lanes import C, Lanes
@@ -37,6 +40,8 @@ from udmabufd.core.limits import Limits
 from udmabufd.core.maker import Maker
 from udmabufd.core.memfd_allocator import MemfdAllocator
 from udmabufd.core.memory import Memory
+from udmabufd.core.moves import Notice
+from udmabufd.core.moving import Moving
 from udmabufd.core.placement import Placement
 from udmabufd.core.pool import Pool
 from udmabufd.core.service import Service
@@ -44,7 +49,7 @@ from udmabufd.core.spec import PAGE_SIZE, Request
 from udmabufd.core.store import STATE_NAME
 from udmabufd.core.udmabuf_allocator import Exported, UdmabufAllocator
 from udmabufd.core.workers import Workers
-from udmabufd.linux import cacheprobe, dmabuf, fdstat, memfd, selftest, udmabuf
+from udmabufd.linux import cacheprobe, copy, dmabuf, fdstat, memfd, selftest, udmabuf
 from udmabufd.linux.headroom import Room
 from udmabufd.linux.udmabuf import Item
 from udmabufd_base.fd import OwnedFd
@@ -70,7 +75,9 @@ def references(inode: int, *, path_only: bool = False) -> int:
     count = 0
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 (names are wanted)
         try:
-            if os.fstat(int(name)).st_ino == inode:
+            status = os.fstat(int(name))
+            # Numbers of memfds and of pipes overlap.
+            if status.st_ino == inode and stat.S_ISFIFO(status.st_mode):
                 count += path_only or not fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_PATH
         except OSError:
             continue
@@ -81,9 +88,29 @@ class Killed(BaseException):
     """The service was killed at this point."""
 
 
+class Told(NamedTuple):
+    """What an importer was told: the connection, the buffer's id, its attachment, what, and the serial."""
+
+    client: str
+    buffer: str
+    attachment: int
+    notice: Notice
+    serial: int
+
+
+Where = tuple[bool, int]
+"""What holds contents: whether it is a stand-in for a dma-buf or a memfd, and its inode number."""
+
+TORN: Final = "a part of it"
+"""Contents of what a copy was begun into that did not come to its end."""
+
+
 class Machine:
     """See the module. `inodes` of its dma-bufs lead to (size, inode of the memfd that each was made of); `flags` is
-    what its driver was told, which may be of cache attributes only where it `honours_flags`.
+    what its driver was told, which may be of cache attributes only where it `honours_flags`. `contents` are what was
+    written where last, "" being zeroes; `copies` the sizes of what was copied, and `copy_errors` what the next copies
+    fail with. `told` has what importers were told by the service of any life, and `hear` is called with each of it.
+    `began` is called with each new life, before it takes anything over.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -102,6 +129,12 @@ class Machine:
         self.devices = MadeUpDevices()
         self.honours_flags = False
         self.flags: list[int] = []
+        self.contents: dict[Where, str] = {}
+        self.copies: list[int] = []
+        self.copy_errors: list[OSError] = []
+        self.told: list[Told] = []
+        self.hear: Callable[[Told], None] = lambda _told: None
+        self.began: Callable[[Life], None] = lambda _life: None
 
     def effect(self, what: str) -> None:
         """Take notice that something outside of the service has been changed; perhaps it ends now."""
@@ -173,10 +206,66 @@ class Machine:
             return False
         return _prove_free(fd)
 
+    def create_memfd(self, name: str, size: int, *, huge_page: int = 0) -> OwnedFd:
+        """Remember it, too."""
+        self.opened.append(_create(name, size, huge_page=huge_page))
+        return self.opened[-1]
+
     def reopen(self, fd: int) -> OwnedFd:
         """Remember what this life of the service has open."""
         self.opened.append(_reopen(fd))
         return self.opened[-1]
+
+    def where(self, fd: int) -> Where:
+        """Return what holds the contents of a dma-buf or a memfd."""
+        status = os.fstat(fd)
+        if not stat.S_ISFIFO(status.st_mode):
+            return False, status.st_ino
+        _, backing = self.inodes[status.st_ino]
+        return (False, backing) if backing else (True, status.st_ino)
+
+    def write(self, fd: OwnedFd, contents: str) -> None:
+        """A client writes through a mapping."""
+        self.contents[self.where(fd.fileno())] = contents
+
+    def read(self, fd: OwnedFd) -> str:
+        """A client reads through a mapping."""
+        return self.contents.get(self.where(fd.fileno()), "")
+
+    def copy(
+        self,
+        source: int,
+        target: int,
+        size: int,
+        *,
+        progress: Callable[[int], None],
+        cancelled: Callable[[], bool],
+        patience: float,
+    ) -> bool:
+        """In the place of linux.copy.copy."""
+        assert not self.killed
+        assert patience == self.limits.move_timeout_msec / 1000
+        written = self.contents.get(self.where(source), "")
+        self.contents[self.where(target)] = TORN
+        if self.copy_errors:
+            raise self.copy_errors.pop(0)
+        if cancelled():
+            return False
+        for fd in (source, target):
+            present = self.size(fd) if stat.S_ISFIFO(os.fstat(fd).st_mode) else os.fstat(fd).st_size
+            assert size <= present
+        self.contents[self.where(target)] = written
+        self.copies.append(size)
+        progress(size)
+        return True
+
+    def tell(self, buffer: Buffer, attachment: Attachment, notice: Notice, serial: int, timeout_ms: int) -> None:
+        """A signal of Buffer1 goes out."""
+        if self.killed:
+            return
+        assert (timeout_ms == self.limits.move_timeout_msec) == (notice in (Notice.MOVE, Notice.EVICT))
+        self.told.append(Told(attachment.holder.name, buffer.id, attachment.number, notice, serial))
+        self.hear(self.told[-1])
 
     def export(self, size: int, backing: int = 0) -> OwnedFd:
         """Make a dma-buf of the memfd with the inode `backing`, or of other memory."""
@@ -192,7 +281,7 @@ class Machine:
         return fd
 
 
-_prove_free, _reopen = memfd.prove_free, memfd.reopen
+_create, _prove_free, _reopen = memfd.create, memfd.prove_free, memfd.reopen
 
 
 class FakeStore:
@@ -308,10 +397,22 @@ class Life:
         )
         maker = Maker(self.custody, admission, self.store, self.workers)
         placement = Placement(self.pool, machine.devices)
-        self.service = Service(
-            machine.limits, self.ledger, placement, self.udmabuf, self.custody, maker, self.identity
+        moving = Moving(
+            self.custody,
+            maker,
+            placement,
+            self.udmabuf,
+            self.store,
+            self.workers,
+            self.workers,
+            machine.limits.move_timeout_msec,
         )
-        self.service._lanes = _InlineLanes(self.workers)
+        maker.relieve = moving.evict_idle
+        self.service = Service(
+            machine.limits, self.ledger, placement, self.udmabuf, self.custody, maker, self.identity, moving
+        )
+        self.service._wrapping._lanes = _InlineLanes(self.workers)
+        moving.moves.tell = machine.tell
         self.holders: dict[str, Holder] = {}
 
     @classmethod
@@ -325,17 +426,28 @@ class Life:
         """Start the service while the bus has the connections `names`."""
         machine.killed = False
         life = cls(machine, delay, prover)
+        machine.began(life)
         life.udmabuf.probe()
         with pipe_identity() as fd:
             life.identity.learn_dma_buf(fdstat.look(fd).device)
         await life.custody.start()
         life.holders = {holder.name: holder for holder in life.custody.connected(machine.bus_id, names)}
         await life.service.attaching.resume()
+        life.service.moving.moves.resume()
         return life
 
     def holder(self, name: str, uid: int, application: str = "") -> Holder:
         """Return the connection `name`."""
         return self.holders.setdefault(name, Holder(name, Owner(uid, application)))
+
+    def left_open(self) -> list[OwnedFd]:
+        """Return what the service has open that is neither of a buffer nor its state; nothing, when it is at rest."""
+        registry = self.custody.registry
+        memories = [buffer.memory for buffer in registry if buffer.memory is not None]
+        owned = {id(fd) for memory in memories for fd in (memory.memfd, memory.dma_buf)}
+        owned.add(id(registry.recorder.state.fd))
+        self.machine.opened = [fd for fd in self.machine.opened if not fd.closed]
+        return [fd for fd in self.machine.opened if id(fd) not in owned]
 
     async def kill(self) -> None:
         """SIGKILL: nothing that is still to be done is done."""
@@ -442,6 +554,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     patch.setattr(dmabuf, "size", machine.size)
     patch.setattr(memfd, "prove_free", machine.prove_free)
     patch.setattr(memfd, "reopen", machine.reopen)
+    patch.setattr(memfd, "create", machine.create_memfd)
+    patch.setattr(copy, "copy", machine.copy)
     patch.setattr(state_module, "os", _Syscalls(machine))
 
 
@@ -455,7 +569,7 @@ def patched(machine: Machine) -> Iterator[None]:
 
 def clients_memfd(size: int = PAGE_SIZE) -> OwnedFd:
     """A memfd as a client makes one to wrap: every page written, sealed."""
-    fd = memfd.create("clients", size)
+    fd = _create("clients", size)
     os.pwrite(fd.fileno(), b"\1" * size, 0)
     memfd.add_seals(fd.fileno(), memfd.F_SEAL_SHRINK | memfd.F_SEAL_SEAL)
     return fd

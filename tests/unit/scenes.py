@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.machine import Life, Machine, install
+from tests.unit.machine import Life, Machine, Told, install
 from tests.unit.time_loop import run
 from udmabufd.core.attachments import Attachment
 from udmabufd.core.buffer import Buffer, Holder
@@ -31,6 +31,8 @@ class World:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.names = list(UIDS)
+        self.closing: list[Callable[[], None]] = []
+        self.hearers: dict[str, Callable[[Told], None]] = {}
         self.life: Life
 
     async def begin(self) -> None:

@@ -37,6 +37,10 @@ from udmabufd.core.registry import ATTACHMENT_PROPERTIES
 from udmabufd.core.spec import PAGE_SIZE
 from udmabufd_client.contract import MAX_ATTACHMENTS, State
 
+HELD = r"attachment 1 \(other\) is not dynamic$"
+LOOSE = "a connection has a descriptor and no dynamic attachment that would answer for it: "
+"""Why a buffer stays where it is."""
+
 
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch) -> Play:
@@ -338,8 +342,20 @@ def test_a_refused_attach_changes_nothing(play: Play) -> None:
             (empty, "gpu", {"alignment": (1 << 64) - 1}, IncompatibleConstraints, "^alignment: .*gpu"),
             (empty, "plain", {"tail_padding": 1 << 63}, InvalidSpec, "^constraints: makes a buffer of"),
             (backed, "picky", {}, IncompatibleConstraints, "^allocators: .*other.*picky"),
-            (backed, "camera", {}, Busy, "^tail_padding: .*laid out without camera; attach before"),
-            (backed, "card", {}, Busy, "^contiguous: .*of udmabuf, which does not suit card"),
+            (
+                backed,
+                "camera",
+                {},
+                Busy,
+                "^tail_padding: the buffer has .* without camera; and it cannot move: " + HELD,
+            ),
+            (
+                backed,
+                "card",
+                {},
+                Busy,
+                "^contiguous: .*of udmabuf, which does not suit card: .*; and it cannot move: ",
+            ),
             (memfd, "plain", {}, NotSupported, "kind memfd"),
         ):
             before, effects = everything(world), len(world.machine.effects)
@@ -407,7 +423,7 @@ class TestBacked:
                 ({"allocators": ["heap:*"]}, "allocators"),
             ]
             for constraints, key in misfits:
-                with pytest.raises(Busy, match=f"^{key}: the buffer has its memory"):
+                with pytest.raises(Busy, match=f"^{key}: the buffer has .*; and it cannot move: {LOOSE}"):
                     await world.attach(buffer, "plain", **constraints)
             assert rows(buffer) == []
             fd.close()

@@ -59,7 +59,7 @@ def test_a_call_is_decided_once_however_many_devices_it_has(
         spec = {"size": SIZE, "devices": devices, "request_id": ID}
         service, placement = world.life.service, world.life.service.placement
         selected = counted(monkeypatch, world.life.pool, "select")
-        judged = counted(monkeypatch, placement, "_check_backed")
+        judged = counted(monkeypatch, placement, "unsuitable")
         reconsidered = counted(monkeypatch, attachments, "reconsider")
         buffer = await service.create(world.holder(ALICE), spec)
         assert (len(selected), len(reconsidered)) == (1, 1)
@@ -105,7 +105,9 @@ def test_the_device_that_does_not_suit_is_named_though_all_are_judged_at_once(pl
         for number in (1, 2, 3, 4):
             await world.detach(buffer, number)
         (await world.life.service.get_fd(world.holder(ALICE), buffer.id)).fd.close()
-        with pytest.raises(AllocatorError, match="^tail_padding: the buffer has its memory, .* without camera; "):
+        with pytest.raises(
+            AllocatorError, match="^tail_padding: the buffer has .* without camera; and it cannot move: "
+        ):
             await world.life.service.create(world.holder(ALICE), spec)
         assert rows(buffer) == []
 

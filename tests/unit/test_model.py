@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Ledger and registry against a model of their own: whatever happens in whatever order, who is charged with what.
+"""Ledger, registry and moves against a model of their own: whatever happens in whatever order, who is charged with
+what, where each buffer is, and what is in it.
 
-Each history is checked after each of its steps (see tests/unit/histories.py and books.py).
+Each history is checked after each of its steps (see tests/unit/histories.py, relocations.py and books.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from tests.unit.histories import play, shortened, steps_of
 
 EXPECTED = {
     "AccessDenied",
+    "Busy",
     "InvalidSpec",
+    "MoveTimedOut",
+    "NoAllocator",
     "NoSuchBuffer",
     "NoSuchDevice",
     "NotSupported",
@@ -22,15 +26,29 @@ EXPECTED = {
     "attached",
     "attached again",
     "attached with a buffer",
+    "came back",
+    "came back elsewhere",
     "charge passed on",
     "detached",
+    "drained",
+    "evicted",
+    "held in place",
+    "importer: late",
+    "importer: never",
+    "importer: ready",
+    "importer: stale",
+    "importer: twice",
     "killed during a call",
     "lingers with a descriptor",
     "lingers with a shadow",
     "lingers with nothing",
     "lives again",
+    "moved",
+    "pinned",
     "refused for a quota",
+    "relieved",
     "unplugged",
+    "waited for a move",
     "waits after a bus",
     "waits after a request",
     "was waited for",
@@ -38,7 +56,7 @@ EXPECTED = {
 """What comes about in any number of histories: else they would show nothing about it."""
 
 HISTORIES, LONG_HISTORIES = 500, 10_000
-STEPS = 40
+STEPS = 48
 BATCHES = 5
 
 

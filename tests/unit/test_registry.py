@@ -176,16 +176,16 @@ def test_who_sees_a_buffer(world: World) -> None:
 def test_a_file_and_a_ticket_lead_to_their_buffer(world: World) -> None:
     buffer = world.backed(world.holder(CAMERA))
     assert buffer.memory is not None
-    assert world.registry.by_file(buffer.memory.device, buffer.memory.inode) is buffer
+    assert world.registry.files.find(buffer.memory.device, buffer.memory.inode) is buffer
     assert world.registry.by_ticket(buffer.ticket) is buffer
     major, minor = buffer.memory.device
     for device, inode in (((major, minor + 1), buffer.memory.inode), ((major, minor), buffer.memory.inode + 1)):
         with pytest.raises(NoSuchBuffer):
-            world.registry.by_file(device, inode)
+            world.registry.files.find(device, inode)
     (holder,) = buffer.shares
     world.registry.release(buffer, holder)
     with pytest.raises(NoSuchBuffer):
-        world.registry.by_file((major, minor), buffer.memory.inode)
+        world.registry.files.find((major, minor), buffer.memory.inode)
     with pytest.raises(NoSuchBuffer):
         world.registry.by_ticket(buffer.ticket)
 

@@ -31,6 +31,7 @@ from udmabufd.core.limits import Limits
 from udmabufd.core.maker import Maker
 from udmabufd.core.memfd_allocator import MemfdAllocator
 from udmabufd.core.memory import Memory
+from udmabufd.core.moving import Moving
 from udmabufd.core.placement import Placement
 from udmabufd.core.pool import Pool
 from udmabufd.core.service import Grant, Service
@@ -82,15 +83,11 @@ class World:
         self.room = Room(1 << 40, "memory.max of udmabufd.slice", 1 << 40, 0)
         self.devices = MadeUpDevices()
         admission = Admission(lambda _: self.room, lambda: 1 << 20)
-        self.service = Service(
-            self.limits,
-            self.ledger,
-            Placement(Pool(["*"], [self.allocator]), self.devices),
-            UdmabufAllocator(Path("/nonexistent"), Path("/nonexistent")),
-            self.custody,
-            Maker(self.custody, admission, store, self.workers),
-            Identity(),
-        )
+        placement = Placement(Pool(["*"], [self.allocator]), self.devices)
+        exporter = UdmabufAllocator(Path("/nonexistent"), Path("/nonexistent"))
+        maker = Maker(self.custody, admission, store, self.workers)
+        moving = Moving(self.custody, maker, placement, exporter, store, self.workers, self.workers, 5000)
+        self.service = Service(self.limits, self.ledger, placement, exporter, self.custody, maker, Identity(), moving)
         self.alice, self.bob = Holder(":1.1", ALICE), Holder(":1.2", BOB)
 
     def books(self) -> tuple[int, int, int, int]:

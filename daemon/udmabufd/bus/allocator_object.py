@@ -53,6 +53,7 @@ class AllocatorObject:
                 "MaxBufferSize": lambda _: pool.max_size,
                 "MaxBytesPerUser": lambda _: limits.max_bytes_per_user,
                 "MaxBytesPerApplication": lambda _: limits.max_bytes_per_application,
+                "MaxEvictedBytesPerUser": lambda _: limits.max_evicted_bytes_per_user,
                 "MaxWrappedBytesPerUser": lambda _: limits.max_wrapped_bytes_per_user,
                 "MaxBuffersPerUser": lambda _: limits.max_buffers_per_user,
                 "MaxBuffers": lambda _: limits.max_buffers,
@@ -65,6 +66,7 @@ class AllocatorObject:
                 "MaxAttachmentsPerUser": lambda _: limits.max_attachments_per_user,
                 "Buffers": lambda _: service.buffer_count,
                 "Bytes": lambda _: service.byte_count,
+                "EvictedBytes": lambda _: service.custody.registry.billing.evicted_bytes,
             },
         )
 

@@ -13,10 +13,18 @@ from udmabufd.bus.standard import properties_changed
 from udmabufd.bus.values import unwrap
 from udmabufd.core.attachments import Attachment
 from udmabufd.core.buffer import Buffer, Holder
+from udmabufd.core.moves import Notice
 from udmabufd.core.service import Service
 from udmabufd_base.codec import Variant
 from udmabufd_base.message import Message, MessageType
-from udmabufd_client.contract import ATTACH_TYPES, BUFFER_INTERFACE, GET_FD_TYPES, buffer_id, buffer_path
+from udmabufd_client.contract import (
+    ATTACH_TYPES,
+    BUFFER_INTERFACE,
+    GET_FD_TYPES,
+    MOVE_TYPES,
+    buffer_id,
+    buffer_path,
+)
 
 _VALUES: dict[str, Callable[[Buffer, Holder], Any]] = {
     "State": lambda buffer, _: buffer.state.value,
@@ -42,6 +50,7 @@ class BufferObject:
         self._untold: dict[Buffer, set[str]] = {}
         service.changed = self.changed
         service.attaching.detached = self.detached
+        service.moving.moves.tell = self.notify
         self.exported = Exported(
             BUFFER_INTERFACE,
             methods={
@@ -49,6 +58,11 @@ class BufferObject:
                 "GetTicket": self.get_ticket,
                 "Attach": self.attach,
                 "Detach": self.detach,
+                "Pin": self.pin,
+                "Unpin": self.unpin,
+                "MoveReady": self.move_ready,
+                "Move": self.move,
+                "Evict": self.evict,
                 "SetName": self.set_name,
                 "Release": self.release,
             },
@@ -76,6 +90,31 @@ class BufferObject:
     async def detach(self, call: Call, attachment: int) -> Reply:
         """See the XML."""
         await self._service.attaching.detach(call.holder, buffer_id(call.path), attachment)
+        return Reply()
+
+    async def pin(self, call: Call, attachment: int) -> Reply:
+        """See the XML."""
+        await self._service.attaching.pin(call.holder, buffer_id(call.path), attachment)
+        return Reply()
+
+    def unpin(self, call: Call, attachment: int) -> Reply:
+        """See the XML."""
+        self._service.attaching.unpin(call.holder, buffer_id(call.path), attachment)
+        return Reply()
+
+    def move_ready(self, call: Call, attachment: int, serial: int) -> Reply:
+        """See the XML."""
+        self._service.moving.ready(call.holder, buffer_id(call.path), attachment, serial)
+        return Reply()
+
+    async def move(self, call: Call, options: dict[str, Variant]) -> Reply:
+        """See the XML."""
+        allocator = unwrap(options, MOVE_TYPES).get("allocator")
+        return Reply([await self._service.moving.move(call.holder, buffer_id(call.path), allocator)])
+
+    async def evict(self, call: Call) -> Reply:
+        """See the XML."""
+        await self._service.moving.evict(call.holder, buffer_id(call.path))
         return Reply()
 
     async def set_name(self, call: Call, name: str) -> Reply:
@@ -110,15 +149,23 @@ class BufferObject:
 
     def detached(self, buffer: Buffer, attachment: Attachment, reason: str) -> None:
         """Tell the connection that attached, and nobody else, that the device is gone."""
+        self._signal(buffer, attachment, "Detached", reason)
+
+    def notify(self, buffer: Buffer, attachment: Attachment, notice: Notice, serial: int, timeout_ms: int) -> None:
+        """Tell the connection that attached, and nobody else, of a move."""
+        asked = notice in (Notice.MOVE, Notice.EVICT)
+        self._signal(buffer, attachment, notice.value, serial, *((timeout_ms,) if asked else ()))
+
+    def _signal(self, buffer: Buffer, attachment: Attachment, member: str, *values: Any) -> None:
         self._emit(
             Message(
                 type=MessageType.SIGNAL,
                 path=buffer_path(buffer.id),
                 interface=BUFFER_INTERFACE,
-                member="Detached",
+                member=member,
                 destination=attachment.holder.name,
-                signature=self.exported.interface.signals["Detached"],
-                body=[attachment.number, reason],
+                signature=self.exported.interface.signals[member],
+                body=[attachment.number, *values],
             )
         )
 

@@ -49,6 +49,9 @@ HIGH_WATER = 1 << 20
 AT_ONCE = 16
 """Calls of one user that make or hand out memory at the same time; further ones wait: users take turns at that."""
 
+_COPYING = frozenset({"Move", "Evict"})
+"""Members that take their turn, too, though no descriptor goes with them."""
+
 DRAIN_REPORT = 10.0
 """Seconds after which a bus that takes nothing is told of in the log, again and again."""
 
@@ -233,7 +236,7 @@ class Dispatcher:
     async def _call(self, method: Method, handler: Handler, call: Call, arguments: list[Any]) -> Reply:
         """Call the handler: where memory is made or handed on, when it is its user's turn."""
         async with AsyncExitStack() as turn:
-            if descriptors_in(method) or descriptors_out(method):
+            if descriptors_in(method) or descriptors_out(method) or method.name in _COPYING:
                 await turn.enter_async_context(self._turns.setdefault(call.holder.uid, asyncio.Semaphore(AT_ONCE)))
             answer = handler(call, *arguments)
             return await answer if inspect.isawaitable(answer) else answer

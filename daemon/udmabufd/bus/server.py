@@ -42,7 +42,7 @@ class Server:
         objects: dict[str, tuple[Exported, ...]] = {
             OBJECT_PATH: (
                 AllocatorObject(service, self._dispatcher.room).exported,
-                AdminObject(ledger, self._allowed, self._recover).exported,
+                AdminObject(ledger, self._allowed, self._recover, service.moving.drain).exported,
                 *standard,
             ),
             LOG_CONTROL_PATH: (log_control(log_settings), *standard),
@@ -72,6 +72,7 @@ class Server:
         finally:
             self._callers.adopt(custody.registry.holders())
         await self._service.attaching.resume()
+        self._service.moving.moves.resume()
         return rows
 
     def _ended(self, holder: Holder) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from udmabufd.bus.dispatch import Dispatcher
 from udmabufd.bus.objects import Call, EdgeError, Exported, Reply
 from udmabufd.core.errors import AccessDenied
-from udmabufd.core.service import ROOT
+from udmabufd.core.ledger import ROOT
 from udmabufd_base.codec import Variant
 from udmabufd_base.interface import Property
 from udmabufd_base.message import Message, MessageType

@@ -60,18 +60,37 @@ class Admission:
         room: Callable[[int], Room],
         free_fds: Callable[[], int],
         shared_memory: Callable[[], int | None] = lambda: None,
+        reclaimable: Callable[[int], int] = lambda _evicted: 0,
     ) -> None:
         """`room` gives what is left when so many bytes are counted against the control groups' limits beside what the
-        kernel counts; `shared_memory` the bytes of memfds that the kernel charges the service for, if it tells."""
+        kernel counts; `shared_memory` the bytes of memfds that the kernel charges the service for, if it tells;
+        `reclaimable` how many of so many evicted bytes the kernel can swap out.
+        """
         self._room = room
         self._free_fds = free_fds
         self._shared_memory = shared_memory
+        self._reclaimable = reclaimable
         self._bytes = 0
         self._fds = 0
 
-    def admit(self, byte_count: int, fds: int, unaccounted: int = 0) -> Reservation:
+    def lacks(self, byte_count: int, unaccounted: int, evicted: Callable[[], int]) -> bool:
+        """Whether admit() would refuse for want of memory, and more of it could be swapped out if it were evicted."""
+        if self._left(self._room(unaccounted), byte_count, evicted) >= RESERVE:
+            return False
+        present = evicted()
+        return self._reclaimable(present + byte_count) > self._reclaimable(present)
+
+    def _left(self, room: Room, byte_count: int, evicted: Callable[[], int]) -> int:
+        left = room.available - self._bytes - byte_count
+        # What the kernel has to do before it gives them is only looked into where it matters.
+        return left + self._reclaimable(evicted()) if left < RESERVE else left
+
+    def admit(
+        self, byte_count: int, fds: int, unaccounted: int = 0, evicted: Callable[[], int] = lambda: 0
+    ) -> Reservation:
         """Reserve room for `byte_count` bytes and `fds` descriptors. `unaccounted` bytes, for which the kernel charges
-        no control group, count as if it did. Raises OutOfMemory with the figures.
+        no control group, count as if it did; `evicted` tells how many can be swapped out. Raises OutOfMemory with the
+        figures.
         """
         free = self._free_fds() - self._fds - SPARE_FDS
         if fds > free:
@@ -82,7 +101,7 @@ class Admission:
             )
         room = self._room(unaccounted)
         left = room.available - self._bytes - byte_count
-        if left < RESERVE and byte_count:
+        if byte_count and self._left(room, byte_count, evicted) < RESERVE:
             raise OutOfMemory(
                 f"size: {byte_count} more bytes would exceed {room.limit_name} of {room.limit}; {room.present} are in "
                 f"use, {self._bytes} promised to calls under way, {RESERVE} kept in reserve"

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: MIT
 """The use cases of attachments: attach, detach, and what becomes of them when a device is gone.
 
-Nothing is allocated here, and nothing moved. Whether a device's demands can be met is placement.py's decision.
+Nothing is allocated here. Whether a device's demands can be met is placement.py's decision; memory that does not suit
+it is moved by moving.py, while everybody who needs that memory waits.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from udmabufd.core.attachments import Attachment, Wish
 from udmabufd.core.buffer import Buffer, Holder
-from udmabufd.core.errors import AllocatorError, NoSuchDevice
+from udmabufd.core.errors import AllocatorError, Busy, MoveTimedOut, NoSuchDevice
 from udmabufd.core.events import Event, emit
-from udmabufd.core.ledger import Ledger
+from udmabufd.core.ledger import Ledger, Resource
+from udmabufd.core.moving import Moving
 from udmabufd.core.placement import Placement
 from udmabufd.core.registry import ATTACHMENT_PROPERTIES, Registry
 
@@ -34,10 +38,11 @@ class Attaching:
     told.
     """
 
-    def __init__(self, registry: Registry, ledger: Ledger, placement: Placement) -> None:
+    def __init__(self, registry: Registry, ledger: Ledger, placement: Placement, moving: Moving) -> None:
         self._registry = registry
         self._ledger = ledger
         self._placement = placement
+        self._moving = moving
         registry.attachments.unused = placement.devices.unwatch
         self.detached: Callable[[Buffer, Attachment, str], None] = lambda _buffer, _attachment, _reason: None
 
@@ -48,9 +53,10 @@ class Attaching:
         self._registry.held(buffer_id, holder)
         wish = await self._placement.wish(holder.uid, "device", name, constraints, dynamic=dynamic)
         buffer = self._registry.held(buffer_id, holder)
+        since = asyncio.get_running_loop().time()
         async with buffer.backing:
             self._registry.held(buffer_id, holder)
-            (attachment,) = self._attach(buffer, holder, [wish])
+            (attachment,) = await self._attach(buffer, holder, [wish], since)
         self._count(holder, buffer)
         return buffer, attachment
 
@@ -58,12 +64,25 @@ class Attaching:
         """End an attachment of `holder`."""
         registry = self._registry
         buffer = registry.held(buffer_id, holder)
-        # Not while the memory is made that suits it.
-        async with buffer.backing:
-            registry.held(buffer_id, holder)
-            registry.detach(buffer, registry.attachments.of(buffer, holder, number))
-        registry.changed(buffer, ATTACHMENT_PROPERTIES)
+        if buffer in self._moving.moves:
+            # It is what the move waits for.
+            self._detach(buffer, holder, number)
+        else:
+            # Not while the memory is made that suits it.
+            async with buffer.backing:
+                self._detach(registry.held(buffer_id, holder), holder, number)
         self._count(holder, buffer)
+
+    async def pin(self, holder: Holder, buffer_id: str, number: int) -> None:
+        """Hold a buffer in place for an attachment of `holder`."""
+        buffer = self._registry.held(buffer_id, holder)
+        async with buffer.backing:
+            self._registry.held(buffer_id, holder)
+            self._pin(buffer, holder, number, 1)
+
+    def unpin(self, holder: Holder, buffer_id: str, number: int) -> None:
+        """Take back a pin."""
+        self._pin(self._registry.held(buffer_id, holder), holder, number, -1)
 
     async def attach_again(self, buffer: Buffer, holder: Holder, wishes: Sequence[Wish]) -> list[Attachment]:
         """Have `holder`, which asked again for what was made for it or for another of its user's connections, have the
@@ -79,7 +98,7 @@ class Attaching:
                     there[wish.device] -= 1
                 else:
                     missing.append(wish)
-            return self._attach(buffer, holder, missing) if missing else []
+            return await self._attach(buffer, holder, missing) if missing else []
 
     def undo(self, buffer: Buffer, attachments: Iterable[Attachment]) -> None:
         """End what a call attached that failed afterwards, as far as it is there yet."""
@@ -107,9 +126,30 @@ class Attaching:
         """Count the call as as many as the holders that are told of it are worth."""
         self._ledger.add_to_window(holder.owner, len(buffer.shares) // TOLD_PER_CALL)
 
-    def _attach(self, buffer: Buffer, holder: Holder, wishes: Sequence[Wish]) -> list[Attachment]:
-        """Attach all of `wishes` or none, while nobody makes the buffer's memory."""
-        self._placement.check_attach(buffer, holder, wishes)
+    def _detach(self, buffer: Buffer, holder: Holder, number: int) -> None:
+        self._registry.detach(buffer, self._registry.attachments.of(buffer, holder, number))
+        self._registry.changed(buffer, ATTACHMENT_PROPERTIES)
+
+    def _pin(self, buffer: Buffer, holder: Holder, number: int, by: int) -> None:
+        attachments = self._registry.attachments
+        attachments.pin(buffer, attachments.of(buffer, holder, number), by)
+        self._registry.changed(buffer, ("Attachments",))
+
+    async def _attach(
+        self, buffer: Buffer, holder: Holder, wishes: Sequence[Wish], since: float = math.inf
+    ) -> list[Attachment]:
+        """Attach all of `wishes` or none, with the backing lock held, for which the call has waited `since` then."""
+        needed = self._placement.check_attach(buffer, holder, wishes)
+        if needed is not None:
+            if since <= buffer.timed_out:
+                # Else as many moves as calls have waited would keep everybody waiting, each as long as the first.
+                raise MoveTimedOut("The importers did not answer the move that this call has waited for; try again")
+            dynamic = all(wish.dynamic for wish in wishes)
+            # Before anything moves for it: there will be room for the attachments, too.
+            with self._ledger.charge(holder.owner, Resource.ATTACHMENTS, len(wishes)):
+                await self._moving.make_room(buffer, holder, needed, dynamic=dynamic)
+            if (still := self._placement.check_attach(buffer, holder, wishes)) is not None:
+                raise Busy(f"{still.reason}, also after the buffer has moved for it")
         attachments = self.watched(wishes, lambda: self._registry.attach(buffer, holder, wishes))
         self._registry.changed(buffer, ATTACHMENT_PROPERTIES)
         return attachments
@@ -121,6 +161,10 @@ class Attaching:
             return
         buffers = defaultdict(list)
         for buffer, attachment in ended:
+            if buffer.memory is not None and not buffer.evicted:
+                # What it may have got for this device is nobody's to answer for any more. Recorded first: a kill in
+                # between must not leave it with a descriptor and without either.
+                self._registry.loosen(buffer, attachment.holder, beside=attachment)
             self._registry.detach(buffer, attachment)
             self.detached(buffer, attachment, f"{attachment.wish.device} is gone")
             buffers[buffer].append(attachment)

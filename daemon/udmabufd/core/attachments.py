@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from udmabufd.core.constraints import Constraints, Demand
 from udmabufd.core.device import Device
@@ -20,6 +20,10 @@ from udmabufd_client.contract import MAX_ATTACHMENTS
 if TYPE_CHECKING:
     from udmabufd.core.buffer import Buffer, Holder
     from udmabufd.core.recorder import Recorder
+
+
+MAX_PINS: Final = (1 << 32) - 1
+"""Pins of an attachment: the property that tells of them is of type u."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class Attachments:
         self._ledger = ledger
         self._recorder = recorder
         self._by_path: dict[str, dict[Attachment, Buffer]] = {}
+        self.ended: Callable[[Buffer, Attachment], None] = lambda _buffer, _attachment: None
+        """Told of each attachment that has ended, for whatever reason."""
         self.unused: Callable[[str], None] = lambda _path: None
         """Told of the path of a device that nothing is attached to any more."""
 
@@ -98,6 +104,22 @@ class Attachments:
         if found is None or found.holder is not holder:
             raise InvalidSpec("attachment", f"this connection has no attachment {number} of the buffer")
         return found
+
+    def answers(self, buffer: Buffer, holder: Holder, beside: Attachment | None = None) -> bool:
+        """Whether `holder` has a dynamic attachment of `buffer`, `beside` that one, which answers for all descriptors
+        that it has.
+        """
+        return any(a.wish.dynamic and a.holder is holder and a is not beside for a in buffer.attachments.values())
+
+    def pin(self, buffer: Buffer, attachment: Attachment, by: int) -> None:
+        """Pin `attachment` once more, or with -1 once less. Raises InvalidSpec."""
+        pins = attachment.pins + by
+        if not 0 <= pins <= MAX_PINS:
+            reason = "has no pin to take back" if pins < 0 else f"has {attachment.pins} pins, which is all it can have"
+            raise InvalidSpec("attachment", f"{attachment.number} {reason}")
+        attachment.pins = pins
+        if attachment.record is not None:
+            self._recorder.write_attachment(buffer, attachment)
 
     def detach(self, buffer: Buffer, attachment: Attachment) -> None:
         """End `attachment`."""
@@ -140,6 +162,7 @@ class Attachments:
             self.unused(attachment.wish.path)
         attachment.charge.release()
         self._recorder.erase_attachment(attachment)
+        self.ended(buffer, attachment)
 
 
 def check_count(buffer: Buffer, wanted: int) -> None:

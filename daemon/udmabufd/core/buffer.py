@@ -66,6 +66,8 @@ class Buffer:
     counted: dict[Owner, Charge] = field(default_factory=dict)
     """The charge for one buffer of each owner that holds a share, and of the payer."""
     share_charges: dict[Holder, Charge] = field(default_factory=dict)
+    loose: set[Holder] = field(default_factory=set)
+    """Holders that have a descriptor for which no dynamic attachment answers: their memory stays where it is."""
     answered: set[Holder] = field(default_factory=set)
     """Holders whose call with the request_id was answered."""
     unanswered: set[Holder] = field(default_factory=set)
@@ -73,6 +75,20 @@ class Buffer:
     memory_charge: Charge | None = None
     backing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the memory is being made, so that it is made once."""
+    moving: int = 0
+    """The serial that it will have when the move or eviction that is under way has come to its end; 0 for none."""
+    cut_off: int = 0
+    """The serial of the move that the end of the former run has cut off, until the importers are told; 0 for none."""
+    origin: str = ""
+    """The id of the buffer whose former memory this is, which lingers; empty for a buffer of its own."""
+    used: int = 0
+    """Greater for one that was used later (Registry.use)."""
+    awaited: float = 0.0
+    """Seconds of the loop's clock until which those that had it when the bus ended may come back."""
+    timed_out: float = 0.0
+    """Seconds of the loop's clock when its importers last did not answer a move."""
+    spared: float = 0.0
+    """Seconds of the loop's clock until which it is not asked to make room."""
     stored_as: str = ""
     """Name of its descriptors in the store."""
     order: int = 0
@@ -94,7 +110,17 @@ class Buffer:
         """Where in its life the buffer is."""
         if self.ended:
             return State.LINGERING
-        return State.EMPTY if self.memory is None else State.BACKED
+        if self.moving:
+            return State.MOVING
+        if self.memory is None:
+            return State.EMPTY
+        return State.EVICTED if self.evicted else State.BACKED
+
+    @property
+    def evicted(self) -> bool:
+        """Whether its pages are in a memfd of the service alone, which nobody has."""
+        memory = self.memory
+        return memory is not None and memory.dma_buf is None and self.request.kind is Kind.DMA_BUF and not self.ended
 
     @property
     def withdrawn(self) -> bool:

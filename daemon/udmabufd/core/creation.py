@@ -72,6 +72,8 @@ class Creation:
                 # At once: nobody else may give it memory while the others are made.
                 await buffer.backing.acquire()
                 locks.callback(buffer.backing.release)
+                # The caller is about to get a descriptor: from the first moment on it stays where it is.
+                self._registry.loosen(buffer, holder)
                 buffers.append(buffer)
             names = [buffer.name for buffer in buffers]
             await self._maker.make(buffers, sources(names), run)

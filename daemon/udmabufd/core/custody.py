@@ -99,6 +99,7 @@ class Custody:
             waiting = [buffer for buffer in registry if buffer.shares]
             for buffer in waiting:
                 registry.void(buffer)
+                buffer.awaited = asyncio.get_running_loop().time() + BUS_GRACE
                 self._retain(buffer, BUS_GRACE)
             if waiting:
                 emit(log, Event.BUS_RESTARTED, count=len(waiting), seconds=BUS_GRACE)
@@ -154,7 +155,8 @@ class Custody:
             rows = former.discard(self._store) if discard else []
         for _, buffer in former.strangers():
             self.registry.adopt(buffer, ())
-            rows.append(row(buffer, "kept"))
+            # A memfd alone is nothing that anybody could import.
+            rows.append(row(buffer, "discarded" if buffer.withdrawn else "kept"))
             self._settle(buffer)
         if salvaged is None:
             # Last: what a state that can be read does not tell of is given up at the next start.

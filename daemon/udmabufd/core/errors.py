@@ -115,6 +115,12 @@ class Busy(AllocatorError):
     name = ErrorName.BUSY
 
 
+class MoveTimedOut(AllocatorError):
+    """An importer did not answer a move in time."""
+
+    name = ErrorName.MOVE_TIMED_OUT
+
+
 class CacheUnavailable(AllocatorError):
     """The required cache attribute cannot be had."""
 

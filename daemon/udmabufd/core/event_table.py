@@ -333,6 +333,43 @@ class Event(Enum):
         "/dev/udmabuf has appeared, or has passed its test: dma-bufs are made with it.",
         EACH,
     )
+    # Moves
+
+    BUFFER_MOVED = (
+        "396708bce17745d2aa55f27c486d3136",
+        logging.INFO,
+        "A buffer has moved to other memory",
+        "Buffer {buffer} of {size} bytes has moved from {former} to {allocator}",
+        """A device had been attached that could not use the memory that the buffer @UDMABUFD_BUFFER@ had, or a holder
+        or the administrator asked for the move. Its contents are the same; its clients have new descriptors. Memory of
+        before is charged until the last descriptor and mapping of it is closed.""",
+    )
+    MOVE_CANCELLED = (
+        "fbc5e36201e74c44bca7f3ea35949cc1",
+        NOTICE,
+        "A buffer could not be moved or evicted",
+        "Buffer {buffer} stays where it is: {reason}",
+        """An importer of the buffer @UDMABUFD_BUFFER@ did not answer in time, new memory could not be had, or somebody
+        still had a descriptor. Nothing has changed, and whoever had let go of the memory was told to go on with it.
+        The limit move_timeout_msec of udmabufd.toml(5) says how long importers have.""",
+    )
+    BUFFER_EVICTED = (
+        "7f1f0c456e2e416c9d2426d3a80d54e4",
+        logging.INFO,
+        "A buffer was evicted",
+        "Buffer {buffer} of {size} bytes is evicted: its memory can be swapped out",
+        """Nobody used the buffer @UDMABUFD_BUFFER@, and its holder asked for it, or memory was short. It comes back
+        with its contents when it is used again.""",
+    )
+    DRAINED = (
+        "0bfa209b53604deaa9c6b0d63297e0b9",
+        NOTICE,
+        "An administrator has had the buffers of an allocator moved",
+        "{count} buffers were moved away from {allocator}",
+        """udmabufctl drain has moved buffers of @UDMABUFD_ALLOCATOR@ to other allocators. Those that were held in
+        place have stayed; the command says how many.""",
+        EACH,
+    )
     # Devices and allocators
 
     DEVICE_GONE = (

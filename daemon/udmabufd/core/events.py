@@ -44,6 +44,7 @@ FIELDS: Final[dict[str, str]] = {
     "count": "how many there are of what the event is about",
     "device": "device, as the caller or udev names it",
     "error": "name of the error, without its prefix",
+    "former": "name of the allocator of the memory before",
     "holders": "number of holders",
     "limit": "name of the limit",
     "maximum": "figure of that limit",

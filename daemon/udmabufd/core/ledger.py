@@ -12,10 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 from udmabufd.core.errors import AllocatorError, QuotaExceeded, RateLimited
 from udmabufd.core.limits import Limits
+
+ROOT: Final = 0
+"""The user who may do everything."""
 
 _IDLE_ACCOUNTS = 256
 """Accounts without charges that are remembered for their refusals; beyond that the idle ones are forgotten."""
@@ -26,6 +29,7 @@ class Resource(StrEnum):
 
     BYTES = "bytes"
     WRAPPED = "wrapped bytes"
+    EVICTED = "evicted bytes"
     BUFFERS = "buffers"
     SHARES = "shares"
     ATTACHMENTS = "attachments"
@@ -33,7 +37,7 @@ class Resource(StrEnum):
     CALLS = "calls under way"
 
 
-_LASTING = (Resource.BYTES, Resource.WRAPPED, Resource.BUFFERS)
+_LASTING = (Resource.BYTES, Resource.WRAPPED, Resource.EVICTED, Resource.BUFFERS)
 """What is held beyond a call."""
 
 
@@ -61,6 +65,11 @@ _USER_RULES: dict[Resource, _Rule] = {
         "max_wrapped_bytes_per_user",
         QuotaExceeded,
         "ranges: {more} more bytes would exceed this user's limit {name} of {limit}; {present} are wrapped",
+    ),
+    Resource.EVICTED: _Rule(
+        "max_evicted_bytes_per_user",
+        QuotaExceeded,
+        "size: {more} more bytes would exceed this user's limit {name} of {limit}; {present} are evicted",
     ),
     Resource.BUFFERS: _Rule(
         "max_buffers_per_user",
@@ -199,7 +208,7 @@ class Ledger:
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         """`clock` gives seconds, monotonic."""
-        self._limits = limits
+        self.limits = limits
         self._clock = clock
         self._users: dict[int, _User] = {}
         self._accounts: dict[Owner, Account] = {}
@@ -239,8 +248,9 @@ class Ledger:
             rule = rules.get(resource)
             if rule is None:
                 continue
-            limit, present = getattr(self._limits, rule.limit), holder.amounts[resource]
-            if limit and present + amount > limit:
+            limit, present = getattr(self.limits, rule.limit), holder.amounts[resource]
+            # 0 for an application: whatever its user may.
+            if (limit or rules is _USER_RULES) and present + amount > limit:
                 raise rule.error(
                     rule.text.format(
                         more=amount,
@@ -263,7 +273,7 @@ class Ledger:
 
     def charge_call(self, owner: Owner) -> Charge:
         """Charge one call under way to `owner`, and one to its user's window. Raises RateLimited."""
-        account, limits, now = self.account(owner), self._limits, self._clock()
+        account, limits, now = self.account(owner), self.limits, self._clock()
         user = account.user
         if now >= user.window_end:
             user.window_end = now + limits.call_window_usec / 1e6

@@ -44,6 +44,21 @@ class Limits:
         "Memory of its own that one user may have wrapped. It is charged to whoever touched it first, and pinned "
         "until the kernel has freed the buffer.",
     )
+    max_evicted_bytes_per_user: int = _limit(
+        1024 * MIB,
+        0,
+        1 << 62,
+        "bytes",
+        "Memory of evicted buffers of one user, which is counted apart: it can be swapped out. A buffer that would "
+        "exceed it is not evicted.",
+    )
+    move_timeout_msec: int = _limit(
+        5000,
+        100,
+        10_000,
+        "milliseconds",
+        "How long an importer has to answer when a buffer is to move or to be evicted, before that is cancelled.",
+    )
     max_buffers_per_user: int = _limit(
         512, 1, 1_000_000, "buffers", "Buffers that the connections of one user may hold together."
     )

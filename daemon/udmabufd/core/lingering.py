@@ -12,7 +12,6 @@ Each lingering buffer has one task that looks ever more rarely; without any, not
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from typing import Any
 from weakref import WeakValueDictionary
@@ -22,6 +21,7 @@ from udmabufd.core.events import Event, emit
 from udmabufd.core.memory import Memory
 from udmabufd.core.registry import Registry
 from udmabufd.core.store import Store
+from udmabufd.core.withdrawing import settled, withdraw
 from udmabufd.core.workers import Workers
 from udmabufd.linux import memfd
 
@@ -179,39 +179,16 @@ class Lingering:
         return True
 
     async def _withdraw(self, buffer: Buffer, memory: Memory) -> bool:
-        """Give up the dma-buf and keep the witness; return whether that was done.
+        """Give up the dma-buf and keep the witness; return whether that was done."""
 
-        FDSTOREREMOVE takes all descriptors of a name, so the witness is stored under another one first, as an open
-        file of its own: the store takes no file twice. Whenever the service is killed, one of the two is there.
-        """
-        assert memory.memfd is not None
-        witness = memfd.reopen(memory.memfd.fileno())
-        stored_as = self._store.take_name()
-        try:
-            await self._store.put(stored_as, [witness], buffer.payer.uid)
-        except BaseException:
-            witness.close()
-            self._store.drop(stored_as)
-            raise
-        if not buffer.ended or memory.references() != 0:
-            # Somebody imported it meanwhile, or is about to.
-            self._store.drop(stored_as)
-            witness.close()
-            return False
-        former = buffer.stored_as
-        self._registry.withdraw(buffer, dataclasses.replace(memory, memfd=witness, dma_buf=None), stored_as)
-        self._store.drop(former)
-        # The store's reference to the dma-buf ends with the name.
-        await self._settled(former)
-        await self._workers.submit(memory.close)
-        return True
+        def commit(witness: Memory, stored_as: str) -> bool:
+            if not buffer.ended or memory.references() != 0:
+                # Somebody imported it meanwhile, or is about to.
+                return False
+            self._registry.withdraw(buffer, witness, stored_as)
+            return True
 
-    async def _settled(self, name: str) -> None:
-        """Wait until the store has dropped `name`; where that cannot be asked, what follows is done all the same."""
-        try:
-            await self._store.settled(name)
-        except OSError as error:
-            log.warning("The service manager does not tell whether it has dropped descriptors: %s", error)
+        return await withdraw(self._store, self._workers, memory, buffer.stored_as, buffer.payer.uid, commit)
 
     async def _finish(self, buffer: Buffer) -> None:
         memory = buffer.memory
@@ -222,7 +199,7 @@ class Lingering:
         try:
             self._registry.finish(buffer)
             self._store.drop(buffer.stored_as)
-            await self._settled(buffer.stored_as)
+            await settled(self._store, buffer.stored_as)
             await self._workers.submit(memory.close)
         finally:
             self._registry.billing.gone(memory)

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from udmabufd.core.admission import Admission
-from udmabufd.core.buffer import Buffer
+from udmabufd.core.admission import Admission, Reservation
+from udmabufd.core.buffer import Buffer, Holder
 from udmabufd.core.custody import Custody
 from udmabufd.core.errors import (
     AllocatorError,
@@ -28,6 +28,7 @@ from udmabufd.core.errors import (
     UdmabufUnavailable,
 )
 from udmabufd.core.events import Event, emit
+from udmabufd.core.ledger import Charge
 from udmabufd.core.memory import Accounting, Memory
 from udmabufd.core.store import Store
 from udmabufd.core.workers import Workers
@@ -48,17 +49,22 @@ _NEXT = (OutOfMemory, UdmabufUnavailable, KernelLimit, NoAllocator, NotSupported
 @dataclass(frozen=True, slots=True)
 class Source:
     """One way to get the memory: of the allocator `name`, `size` bytes for each buffer, charged by the kernel as
-    `accounting` says, made by `fill`.
+    `accounting` says, made by `fill`. `fresh` of these bytes are not in memory yet, all of them if it is None.
     """
 
     name: str
     size: int
     accounting: Accounting
     fill: Fill
+    fresh: int | None = None
 
 
 Run = Callable[[Callable[[], list[Memory]]], Awaitable[Sequence[Memory]]]
 """Runs a job off the event loop."""
+
+
+async def _relieve_nothing(_byte_count: int) -> None:
+    pass
 
 
 class Maker:
@@ -69,15 +75,23 @@ class Maker:
         self._admission = admission
         self._store = store
         self._workers = workers
+        self.relieve: Callable[[int], Awaitable[object]] = _relieve_nothing
+        """Evicts so many bytes, if it can, when memory is short."""
 
-    async def make(self, buffers: list[Buffer], sources: Iterable[Source], run: Run | None = None) -> None:
+    async def make(
+        self,
+        buffers: list[Buffer],
+        sources: Iterable[Source],
+        run: Run | None = None,
+        asking: Holder | None = None,
+    ) -> None:
         """Give `buffers`, alike and with their backing locks held by the caller, the memory of the first of `sources`
-        that has some, made in one of the workers or where `run` runs it.
+        that has some, made in one of the workers or where `run` runs it. `asking` wants it, if not the payer.
 
         Raises QuotaExceeded, OutOfMemory, what the first source refused with if none has any, and NoSuchBuffer if a
         buffer ended meanwhile; the others have their memory then.
         """
-        memories = await self._first(buffers, sources, run or self._workers.submit)
+        memories = await self._first(buffers, sources, run or self._workers.submit, asking)
         # From here on each memory belongs to its buffer, or is disposed of with its charge.
         ended = False
         for done, (buffer, memory) in enumerate(zip(buffers, memories, strict=True)):
@@ -94,6 +108,17 @@ class Maker:
         for buffer in buffers:
             self._custody.registry.record_shares(buffer)
 
+    async def make_beside(self, buffer: Buffer, sources: Iterable[Source], asking: Holder | None) -> Buffer:
+        """Return a buffer that is not registered, with memory of the first of `sources` that has some, charged to the
+        payer of `buffer` and stored: memory beside that of `buffer`. It is the caller's to hand over, or to give up by
+        Custody.dispose(). Raises what make() does.
+        """
+        other = Buffer(buffer.request, buffer.payer, name=buffer.name)
+        (memory,) = await self._first([other], sources, self._workers.submit, asking)
+        other.memory = memory
+        other.stored_as = await self._stored(other, memory)
+        return other
+
     def check_left_behind(self) -> None:
         """Raise OutOfMemory when clients have left too much of their memory to the service; see admission."""
         own = sum(
@@ -103,7 +128,9 @@ class Maker:
         )
         self._admission.check_left_behind(own)
 
-    async def _first(self, buffers: list[Buffer], sources: Iterable[Source], run: Run) -> Sequence[Memory]:
+    async def _first(
+        self, buffers: list[Buffer], sources: Iterable[Source], run: Run, asking: Holder | None
+    ) -> Sequence[Memory]:
         """Return the memories of the first source that has them, charged."""
         failure: AllocatorError | None = None
         short: tuple[str, AllocatorError] | None = None
@@ -116,7 +143,7 @@ class Maker:
                 await self._charge(buffers, source.size)
             except QuotaExceeded as error:
                 # The next may round up less.
-                failure, short = failure or error, None
+                failure, short = failure or self._told(error, buffers[0], asking), None
                 continue
             try:
                 return await self._fill(buffers, source, run)
@@ -128,6 +155,27 @@ class Maker:
                 raise
         assert failure is not None
         raise failure
+
+    def charge_evicted(self, buffer: Buffer, asking: Holder | None) -> Charge:
+        """Charge the payer for memory that will be evicted, as `asking` wants. Raises QuotaExceeded."""
+        billing = self._custody.registry.billing
+        try:
+            return billing.charge_evicted(buffer)
+        except QuotaExceeded as error:
+            raise self._told(error, buffer, asking, "max_evicted_bytes_per_user") from None
+
+    def _told(
+        self, error: QuotaExceeded, buffer: Buffer, asking: Holder | None, limit: str = "max_bytes_per_user"
+    ) -> QuotaExceeded:
+        """Return what to tell `asking` of a quota of the payer: the figures are no other user's business."""
+        if asking is None or asking.uid == buffer.payer.uid:
+            return error
+        value = getattr(self._custody.registry.billing.limits, limit)
+        return QuotaExceeded(f"size: the user who created the buffer would exceed the limit {limit} of {value}")
+
+    def _swappable(self) -> int:
+        """Return the bytes of evicted buffers, but for those that are coming back."""
+        return sum(b.size for b in self._custody.registry if b.evicted and not b.backing.locked())
 
     async def _charge(self, buffers: list[Buffer], size: int) -> None:
         try:
@@ -152,27 +200,47 @@ class Maker:
     async def _fill(self, buffers: list[Buffer], source: Source, run: Run) -> Sequence[Memory]:
         # A pool is full or empty, and pages of a memfd that is handed out are their first toucher's.
         ours = source.accounting in (Accounting.SERVICE, Accounting.SYSTEM)
-        byte_count = source.size * len(buffers) if ours else 0
-        unaccounted = self._custody.registry.billing.unaccounted
-        with self._admission.admit(byte_count, FDS_PER_BUFFER * len(buffers), unaccounted) as reservation:
+        fresh = source.size if source.fresh is None else source.fresh
+        byte_count = fresh * len(buffers) if ours else 0
+        billing = self._custody.registry.billing
+        with await self._admitted(byte_count, FDS_PER_BUFFER * len(buffers)) as reservation:
             try:
                 memories = await run(partial(source.fill, reservation.close))
                 for memory in memories:
                     # Before the reservation ends: from here on it is counted as what there is.
-                    self._custody.registry.billing.arrived(memory)
+                    billing.arrived(memory)
                 return memories
             except OutOfMemory as error:
                 if reservation.close:
                     emit(log, Event.FILL_KILLED, size=byte_count, uid=buffers[0].payer.uid, reason=str(error))
                 raise
 
+    async def _admitted(self, byte_count: int, descriptors: int) -> Reservation:
+        """Return room for so much; make some by evicting what is idle, if that is what is wanting."""
+        billing = self._custody.registry.billing
+        try:
+            return self._admission.admit(byte_count, descriptors, billing.unaccounted, self._swappable)
+        except OutOfMemory:
+            if not byte_count or not self._admission.lacks(byte_count, billing.unaccounted, self._swappable):
+                raise
+        await self.relieve(byte_count)
+        return self._admission.admit(byte_count, descriptors, billing.unaccounted, self._swappable)
+
     async def _back(self, buffer: Buffer, memory: Memory) -> None:
+        stored_as = await self._stored(buffer, memory)
+        try:
+            self._custody.registry.back(buffer, memory, stored_as)
+        except BaseException:
+            self._custody.dispose(buffer, memory, stored_as)
+            raise
+
+    async def _stored(self, buffer: Buffer, memory: Memory) -> str:
+        """Store the descriptors of `memory`, and return under which name; dispose of it where that fails."""
         stored_as = self._store.take_name()
         try:
             fds = [fd for fd in (memory.memfd, memory.dma_buf) if fd is not None]
             await self._store.put(stored_as, fds, buffer.payer.uid)
             memory.stored = self._store.enabled
-            self._custody.registry.back(buffer, memory, stored_as)
         except OSError as error:
             emit(log, Event.STORE_FAILED, buffer=buffer.id, uid=buffer.payer.uid, reason=str(error))
             self._custody.dispose(buffer, memory, stored_as)
@@ -180,3 +248,4 @@ class Maker:
         except BaseException:
             self._custody.dispose(buffer, memory, stored_as)
             raise
+        return stored_as

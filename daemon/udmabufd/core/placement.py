@@ -8,15 +8,15 @@ answer is the service's matter.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from udmabufd.core.allocator import Allocator, Capabilities
 from udmabufd.core.attachments import Wish, check_count
 from udmabufd.core.buffer import Buffer, Holder
-from udmabufd.core.constraints import Constraints, Demand, Merged, merge
+from udmabufd.core.constraints import Constraints, Demand, merge
 from udmabufd.core.device import Devices
 from udmabufd.core.errors import Busy, InvalidSpec, NoAllocator, NoSuchDevice, NotSupported, QuotaExceeded
 from udmabufd.core.maker import Source
@@ -33,6 +33,14 @@ DEVICE_NAME_MAX: Final = 256
 
 GROWTH: Final = 1 << 20
 """Bytes beyond twice its size that devices of other users than the one who pays may make a buffer larger."""
+
+
+class Needed(NamedTuple):
+    """Memory that a buffer has to move to, and why what it has does not do: a clause that begins with the key."""
+
+    request: Request
+    reason: str
+
 
 WRAPPED_MEMORY: Final = Capabilities(
     kind=Kind.DMA_BUF,
@@ -102,19 +110,35 @@ class Placement:
         suitable = self.pool.select(request)
         return lambda names: (_source(allocator, request, names) for allocator in suitable)
 
-    def check_attach(self, buffer: Buffer, holder: Holder, wishes: Sequence[Wish]) -> None:
-        """Raise IncompatibleConstraints, NoAllocator and the like, Busy, QuotaExceeded or NotSupported unless `wishes`
-        of `holder` can be met.
+    def check_attach(self, buffer: Buffer, holder: Holder, wishes: Sequence[Wish]) -> Needed | None:
+        """Return what memory `buffer` has to move to before `wishes` of `holder` are met, or None
+        where they are. Raises IncompatibleConstraints, NoAllocator and the like, Busy, QuotaExceeded or NotSupported
+        where they cannot be.
         """
         if buffer.request.kind is Kind.MEMFD:
             raise NotSupported(f"The buffer is of kind {Kind.MEMFD}, which no device imports")
         check_count(buffer, len(wishes))
         demands = [attachment.wish.demand for attachment in buffer.attachments.values()]
         demands += [wish.demand for wish in wishes]
-        if buffer.memory is not None:
-            self._check_backed(buffer.request, buffer.memory, buffer.request.merge(demands))
-            return
-        request = buffer.request.under(demands)
+        if buffer.memory is None:
+            self.check_grown(buffer, holder, buffer.request.under(demands))
+            return None
+        request = buffer.request.grown(buffer.memory.size, demands)
+        unsuitable = self.unsuitable(buffer.memory, request)
+        if unsuitable is None:
+            return None
+        if key := request.misfit(request.size, request.merged):
+            raise Busy(
+                f"{key}: the buffer has its memory, which was laid out without {request.merged.by[key]}; attach "
+                "before the first GetFd, or make another buffer"
+            )
+        if not buffer.evicted:
+            return Needed(request, unsuitable)
+        self.check_grown(buffer, holder, request)
+        return None
+
+    def check_grown(self, buffer: Buffer, holder: Holder, request: Request) -> None:
+        """Raise what forbids that `buffer` gets memory for `request`, which a device of `holder` demands."""
         if holder.uid != buffer.payer.uid:
             _check_growth(buffer, request)
         self.check(request)
@@ -129,23 +153,21 @@ class Placement:
         for refusal in refusals(WRAPPED, memory, request, highest_address_bits):
             raise NoAllocator(f"{refusal.field}: {refusal.reason}; memory of the caller's own cannot be chosen")
 
-    def _check_backed(self, request: Request, memory: Memory, merged: Merged) -> None:
-        """Raise Busy unless `memory`, laid out as in `request`, meets `merged`."""
-        if key := request.misfit(memory.size, merged):
-            raise Busy(
-                f"{key}: the buffer has its memory, which was laid out without {merged.by[key]}; attach before the "
-                "first GetFd, or make another buffer"
-            )
+    def unsuitable(self, memory: Memory, request: Request) -> str | None:
+        """Return why `memory` is not as `request` wants it, as a clause that begins with the key, or None."""
+        if key := request.misfit(memory.size, request.merged):
+            return f"{key}: the buffer has {memory.size} bytes, laid out without {request.merged.by[key]}"
         for refusal in refusals(
             memory.allocator,
             self._capabilities(memory),
-            replace(request, size=memory.size, merged=merged),
+            replace(request, size=memory.size),
             highest_address_bits,
         ):
-            raise Busy(
+            return (
                 f"{refusal.field}: the buffer has its memory, of {memory.allocator}, which does not suit "
-                f"{refusal.device}: {refusal.reason}; attach before the first GetFd, or make another buffer"
+                f"{refusal.device}: {refusal.reason}"
             )
+        return None
 
     def _capabilities(self, memory: Memory) -> Capabilities:
         allocator = self.pool.find(memory.allocator)
@@ -164,6 +186,21 @@ def _check_growth(buffer: Buffer, request: Request) -> None:
         raise QuotaExceeded(
             f"size: the attachments of other users than its creator may make this buffer of {own} bytes {limit} bytes "
             f"large, and this one would make it {request.size}"
+        )
+
+
+def not_much_larger(sources: Iterable[Source], size: int) -> Iterator[Source]:
+    """Return those of `sources` that make a buffer of `size` bytes not much larger: it is another user who pays.
+    Raises QuotaExceeded if there is none.
+    """
+    limit, found = 2 * size + GROWTH, False
+    for source in sources:
+        if source.size <= limit:
+            found = True
+            yield source
+    if not found:
+        raise QuotaExceeded(
+            f"size: users other than its creator may make this buffer of {size} bytes {limit} bytes large at most"
         )
 
 

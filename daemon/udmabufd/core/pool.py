@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
-from udmabufd.core.allocator import Allocator, Populate, Refusal
+from udmabufd.core.allocator import Allocator, Capabilities, Populate, Refusal
 from udmabufd.core.errors import (
     AllocatorError,
     CacheUnavailable,
@@ -59,6 +59,8 @@ class Pool:
         """`order` has names of allocators, or patterns such as `heap:*`; what is not in it is not enabled."""
         self._order = tuple(order)
         self._allocators: list[Allocator] = []
+        self.drained: set[str] = set()
+        """Names of those that are asked for nothing at present, because buffers are being moved away from them."""
         for allocator in allocators:
             self.add(allocator)
 
@@ -126,7 +128,7 @@ class Pool:
             # Once: a probe may replace what they are of at any time.
             capabilities = allocator.capabilities
             cache = effective_cache(capabilities, request)
-            refusals = allocator.match(request, capabilities)
+            refusals = self._refusals(allocator, request, capabilities)
             verdicts.append(Explained(allocator, refusals, cache, None if cache is None else capabilities.evidence))
         return verdicts
 
@@ -154,9 +156,9 @@ class Pool:
         verdicts: list[Verdict] = []
         rest = iter(self.in_order(request))
         for allocator in rest:
-            refusals = allocator.match(request)
+            refusals = self._refusals(allocator, request)
             if not refusals:
-                return chain((allocator,), (other for other in rest if not other.match(request)))
+                return chain((allocator,), (other for other in rest if not self._refusals(other, request)))
             verdicts.append((allocator, refusals))
         raise self._sum_up(request, verdicts)
 
@@ -179,6 +181,15 @@ class Pool:
             alike.setdefault(f"{refusal.field or 'unavailable'}: {refusal.reason}", []).append(name)
         told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items())
         return NoAllocator(f"No enabled allocator suits. {told}")
+
+    def _refusals(
+        self, allocator: Allocator, request: Request, capabilities: Capabilities | None = None
+    ) -> tuple[Refusal, ...]:
+        if allocator.name not in self.drained:
+            return allocator.match(request, capabilities)
+        reason = "its buffers are being moved away"
+        error = NoAllocator(f"{allocator.name}: {reason}")
+        return (Refusal("", "", reason, "try again when udmabufctl drain has ended", error),)
 
     def _rank(self, name: str) -> int | None:
         """Return the place of `name` in the order, None if it has none."""

@@ -64,6 +64,8 @@ class StoredBuffer:
     kept: bool
     stored_as: str
     attached: int
+    moving: int
+    origin: str
     memory: StoredMemory | None
 
 
@@ -78,6 +80,7 @@ class StoredShare:
     owner: Owner
     count: int
     answered: bool
+    loose: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,8 @@ def of_buffer(buffer: Buffer, order: int) -> dict[str, Any]:
         "kept": buffer.kept,
         "stored_as": buffer.stored_as,
         "attached": buffer.attached,
+        "moving": buffer.moving or buffer.cut_off,
+        "origin": buffer.origin,
         "request": {
             "size": request.size,
             "size_requested": request.size_requested,
@@ -151,6 +156,7 @@ def of_share(buffer: Buffer, holder: Holder, order: int) -> dict[str, Any]:
         "owner": list(holder.owner),
         "count": buffer.shares[holder],
         "answered": holder in buffer.answered,
+        "loose": holder in buffer.loose,
     }
 
 
@@ -197,6 +203,8 @@ def share_of(slot: int, record: Mapping[str, Any]) -> StoredShare:
             _owner(record["owner"]),
             int(record["count"]),
             bool(record.get("answered", True)),
+            # An older state does not tell who has descriptors: perhaps everybody.
+            bool(record.get("loose", True)),
         )
     )
 
@@ -245,6 +253,8 @@ def _buffer_of(slot: int, record: Mapping[str, Any]) -> StoredBuffer:
         kept=bool(record.get("kept", False)),
         stored_as=str(record["stored_as"]),
         attached=int(record.get("attached", 0)),
+        moving=int(record.get("moving", 0)),
+        origin=str(record.get("origin", "")),
         memory=None
         if memory is None
         else StoredMemory(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The buffers: by id, ticket, file and holder; shares, charges and records, and the end of a buffer.
+"""The buffers: by id, ticket and holder; shares, their charges and records, and the end of a buffer.
+
+What memory a buffer has is in memories.py.
 
 Everything here is done on the event loop, at once and whole: no await, so no half-done change is ever seen. Each
 change is recorded in the state in such an order that what a kill leaves between two records has one meaning, which
@@ -9,53 +11,35 @@ restore.py gives it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
-from udmabufd.core.attachments import Attachment, Attachments, Wish
-from udmabufd.core.billing import Billing
+from udmabufd.core.attachments import Attachment, Wish
+from udmabufd.core.billing import Bill
 from udmabufd.core.buffer import Buffer, Holder, Repeat
 from udmabufd.core.errors import NoSuchBuffer, QuotaExceeded
 from udmabufd.core.ledger import Ledger, Owner
-from udmabufd.core.memory import Memory
-from udmabufd.core.recorder import Recorder
+from udmabufd.core.memories import Memories, step
 from udmabufd.core.spec import Request
 from udmabufd.core.state import StateFile
+from udmabufd.core.states import Step, after
 from udmabufd_client.contract import Kind
 
 ATTACHMENT_PROPERTIES = ("Attachments", "Constraints", "Size")
 """Properties that change when a device attaches or detaches."""
 
-FileId = tuple[tuple[int, int], int]
-"""Device and inode of an open file."""
 
-
-class Registry:
-    """Owns every Buffer, and through it the descriptors, charges and records.
-
-    `changed` is told of a buffer and those of its properties that have changed. `unheld` is told of each buffer whose
-    last share is gone; it calls end() for it, now or later, unless somebody has a share again by then.
+class Registry(Memories):
+    """The buffers and their holders. `unheld` is told of each buffer whose last share is gone; it calls end() for it,
+    now or later, unless somebody has a share again by then.
     """
 
     def __init__(self, ledger: Ledger, max_buffers: int, state: StateFile, unheld: Callable[[Buffer], None]) -> None:
-        self.recorder = Recorder(state)
-        self.attachments = Attachments(ledger, self.recorder)
-        self.changed: Callable[[Buffer, tuple[str, ...]], None] = lambda _buffer, _properties: None
-        self.billing = Billing(ledger)
+        super().__init__(ledger, state)
         self._max_buffers = max_buffers
         self._unheld = unheld
-        self._by_id: dict[str, Buffer] = {}
-        self._by_ticket: dict[str, Buffer] = {}
-        self._by_file: dict[FileId, Buffer] = {}
+        self._uses = 0
+        self._promised = 0
         self._by_holder: dict[Holder, dict[Buffer, None]] = {}
-
-    def __len__(self) -> int:
-        return len(self._by_id)
-
-    def __iter__(self) -> Iterator[Buffer]:
-        """All buffers, oldest first; it may end some meanwhile."""
-        return iter(tuple(self._by_id.values()))
-
-    def __contains__(self, buffer: Buffer) -> bool:
-        return self._by_id.get(buffer.id) is buffer
 
     def create(
         self,
@@ -72,8 +56,7 @@ class Registry:
         Unless `recorded`, the state learns of it when it has memory: a restart forgets what nobody was told of.
         """
         self.recorder.reserve(2 + len(wishes))
-        if len(self._by_id) >= self._max_buffers:
-            raise QuotaExceeded(f"The service has {len(self._by_id)} buffers of all users, its limit max_buffers")
+        self.check_room()
         buffer = Buffer(request, holder.owner, repeat)
         while buffer.id in self._by_id:  # 64 random bits: once in a very long life.
             buffer = Buffer(request, holder.owner, repeat)
@@ -89,6 +72,25 @@ class Registry:
         if recorded:
             self._record_all(buffer)
         return buffer
+
+    def check_room(self) -> None:
+        """Raise QuotaExceeded if there are as many buffers as there may be."""
+        if len(self._by_id) + self._promised >= self._max_buffers:
+            raise QuotaExceeded(f"The service has {len(self._by_id)} buffers of all users, its limit max_buffers")
+
+    @contextmanager
+    def room_for_former(self, buffer: Buffer, causer: Owner) -> Iterator[Bill]:
+        """Room for what `buffer` has now, when it has moved because of `causer`, and what pays for it. Raises
+        QuotaExceeded.
+        """
+        self.check_room()
+        bill = self.billing.former(buffer, causer)
+        self._promised += 1
+        try:
+            yield bill
+        finally:
+            self._promised -= 1
+            bill.release()
 
     def share(self, buffer: Buffer, holder: Holder, *, repeated: bool = False) -> None:
         """Give `holder` one more share, also of a buffer that lingers, which lives again then.
@@ -131,41 +133,31 @@ class Registry:
         except KeyError:
             raise NoSuchBuffer from None
 
-    def by_file(self, device: tuple[int, int], inode: int) -> Buffer:
-        """Return the buffer whose file this is; it may linger. Raises NoSuchBuffer."""
-        try:
-            return self._by_file[device, inode]
-        except KeyError:
-            raise NoSuchBuffer from None
-
-    def knows_file(self, device: tuple[int, int], inode: int) -> bool:
-        """Whether this is the file of a buffer."""
-        return (device, inode) in self._by_file
-
     def visible_to(self, owner: Owner | None) -> list[Buffer]:
         """Return the buffers that `owner` holds or is charged for, oldest first; all of them for None."""
         return [b for b in self._by_id.values() if owner is None or owner == b.payer or owner in b.counted]
 
-    def back(self, buffer: Buffer, memory: Memory, stored_as: str) -> None:
-        """Give `buffer` its memory, whose descriptors are in the store; record_shares() is to follow. Raises
-        NoSuchBuffer, and takes nothing, when the buffer has ended meanwhile; OutOfMemory.
-        """
-        if buffer.ended:
-            raise NoSuchBuffer
-        self.recorder.reserve(1 + len(buffer.shares) + len(buffer.attachments))
-        buffer.memory, buffer.stored_as = memory, stored_as
-        buffer.serial += 1
-        self._by_file[memory.device, memory.inode] = buffer
-        self.recorder.write(buffer)
+    def ask(self, buffer: Buffer, request: Request) -> None:
+        """Have `request` be what the buffer is asked to be from now on."""
+        buffer.request = request
+        self.record(buffer)
 
-    def record_shares(self, buffer: Buffer) -> None:
-        """Record the shares of a buffer that was recorded before any of them: without one it ends at a restart. Of
-        buffers that are made together, when all are recorded: so all of them are there after a restart, or none.
+    def use(self, buffer: Buffer) -> None:
+        """Take notice that somebody uses `buffer` now."""
+        self._uses += 1
+        buffer.used = self._uses
+
+    def loosen(self, buffer: Buffer, holder: Holder, beside: Attachment | None = None) -> None:
+        """Take notice that `holder` gets, or keeps, a descriptor that none of its attachments is told of, `beside` the
+        one that is about to end.
         """
-        # Before the share: a buffer that a holder has, has all its attachments.
-        self.attachments.record(buffer)
-        for holder in buffer.shares:
-            if holder not in buffer.share_records:
+        if (
+            holder in buffer.shares
+            and holder not in buffer.loose
+            and not self.attachments.answers(buffer, holder, beside)
+        ):
+            buffer.loose.add(holder)
+            if holder in buffer.share_records:
                 self.recorder.write_share(buffer, holder)
 
     def attach(self, buffer: Buffer, holder: Holder, wishes: Sequence[Wish]) -> list[Attachment]:
@@ -177,6 +169,10 @@ class Registry:
         if buffer.slot is not None:
             self.attachments.record(buffer)
             self.record(buffer)
+        if holder in buffer.loose and self.attachments.answers(buffer, holder):
+            buffer.loose.remove(holder)
+            if holder in buffer.share_records:
+                self.recorder.write_share(buffer, holder)
         return attachments
 
     def detach(self, buffer: Buffer, attachment: Attachment) -> None:
@@ -239,23 +235,18 @@ class Registry:
         assert not buffer.shares
         if buffer.ended:
             return buffer in self
+        lingers = buffer.memory is not None and buffer.request.kind is not Kind.MEMFD
+        after(buffer.state, Step.UNHELD if lingers else Step.DISCARDED)
         buffer.ended = True
-        if buffer.memory is None or buffer.request.kind is Kind.MEMFD:
+        if not lingers:
             self.finish(buffer)
             return False
         buffer.repeat = None
+        self.billing.stays(buffer)
         if buffer.memory_charge is not None:
             buffer.memory_charge.linger(True)
         self.record(buffer)
         return True
-
-    def withdraw(self, buffer: Buffer, memory: Memory, stored_as: str) -> None:
-        """Put `memory`, the witness that remains of a lingering buffer, in the place of what clients had."""
-        assert buffer.memory is not None
-        self._by_file.pop((buffer.memory.device, buffer.memory.inode), None)
-        self._by_ticket.pop(buffer.ticket, None)
-        buffer.memory, buffer.stored_as = memory, stored_as
-        self.record(buffer)
 
     def finish(self, buffer: Buffer) -> None:
         """Forget a buffer that has ended, with its charges: the kernel has freed it, or is not asked."""
@@ -263,9 +254,11 @@ class Registry:
         del self._by_id[buffer.id]
         self._by_ticket.pop(buffer.ticket, None)
         if buffer.memory is not None:
-            self._by_file.pop((buffer.memory.device, buffer.memory.inode), None)
+            if buffer.origin:
+                self.files.remove(buffer.memory)
             # Memory that is just being made is charged until it is closed.
             self.billing.refund_memory(buffer)
+        self.files.forget(buffer)
         self.recorder.erase(buffer)
         self.billing.end(buffer)
 
@@ -277,11 +270,14 @@ class Registry:
         self.recorder.passed(buffer.order)
         self._by_id[buffer.id] = buffer
         if buffer.memory is not None:
-            self._by_file[buffer.memory.device, buffer.memory.inode] = buffer
+            if not buffer.origin:
+                self.files.add(buffer, buffer.memory)
+            elif (moved := self._by_id.get(buffer.origin)) is not None:
+                self.files.add_former(moved, buffer.memory)
             self.billing.arrived(buffer.memory)
             self.billing.impose_memory(buffer)
         self.billing.impose_share(buffer, None)
-        if not buffer.withdrawn:
+        if not buffer.withdrawn and not buffer.origin:
             self._by_ticket[buffer.ticket] = buffer
         for holder, count, record in holders:
             buffer.shares[holder] = count
@@ -294,11 +290,6 @@ class Registry:
             self._record_all(buffer)
         self._settle_payer(buffer)
 
-    def record(self, buffer: Buffer) -> None:
-        """Write the buffer's record anew, if it has one."""
-        if buffer.slot is not None:
-            self.recorder.write(buffer)
-
     def _drop_shares(self, buffer: Buffer, holder: Holder) -> None:
         self._forget_share(buffer, holder)
         self._settle_payer(buffer)
@@ -308,6 +299,7 @@ class Registry:
     def _forget_share(self, buffer: Buffer, holder: Holder) -> None:
         del buffer.shares[holder]
         buffer.share_charges.pop(holder).release()
+        buffer.loose.discard(holder)
         buffer.unanswered.discard(holder)
         buffer.answered.discard(holder)
         self.recorder.erase_share(buffer, holder)
@@ -324,7 +316,8 @@ class Registry:
             self.record(buffer)
 
     def _revive(self, buffer: Buffer) -> None:
-        buffer.ended = False
+        with step(buffer, Step.IMPORTED):
+            buffer.ended = False
         if buffer.memory_charge is not None:
             buffer.memory_charge.linger(False)
         self._settle_payer(buffer)

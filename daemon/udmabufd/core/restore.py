@@ -102,7 +102,12 @@ def restore(
     attachments: dict[str, list[StoredAttachment]] = {}
     for attachment in found.attachments:
         attachments.setdefault(attachment.buffer, []).append(attachment)
+    there = {stored.stored_as for stored in found.buffers if not stored.origin}
     for stored in found.buffers:
+        if stored.origin and stored.stored_as in there:
+            # The move that it is left of was cut off: the buffer has that memory still.
+            registry.recorder.state.erase(stored.slot)
+            continue
         memory = None
         if stored.memory is not None:
             memory = _find(stored.memory, inherited.pop(stored.stored_as, []))
@@ -126,6 +131,8 @@ def restore(
             holders.append((holder, share.count, (share.slot, share.order)))
             if share.answered:
                 buffer.answered.add(holder)
+            if share.loose:
+                buffer.loose.add(holder)
         registry.adopt(buffer, holders)
         _attach(registry, buffer, attachments.pop(stored.id, []), result.holders)
         if (buffer.ended, buffer.kept, buffer.attached) != (stored.ended, stored.kept, stored.attached):
@@ -230,6 +237,8 @@ def _buffer(stored: StoredBuffer, memory: Memory | None) -> Buffer:
         kept=stored.kept,
         stored_as=stored.stored_as,
         attached=stored.attached,
+        cut_off=stored.moving,
+        origin=stored.origin,
         order=stored.order,
         slot=stored.slot,
     )

@@ -2,8 +2,8 @@
 """The use cases: allocate, create, wrap, import, hand out, list, rename, release: all that is decided on a call.
 
 The order is the same in each: check what was asked, charge for it, do it, record it, answer; whatever fails is undone
-before the error leaves. Runs on one event loop; what blocks goes to a worker thread. Attaching and detaching are in
-attaching.py; what becomes of buffers that nobody holds, and of all of them over a restart, is in custody.py.
+before the error leaves. Runs on one event loop; what blocks goes to a worker thread. Attachments are attaching.py's,
+moves moving.py's; what becomes of buffers that nobody holds, and of all of them over a restart, is in custody.py.
 """
 
 from __future__ import annotations
@@ -22,25 +22,23 @@ from udmabufd.core.buffer import Buffer, Holder, Repeat
 from udmabufd.core.creation import Creation
 from udmabufd.core.custody import Custody
 from udmabufd.core.device import Device
-from udmabufd.core.errors import BadMemfd, InvalidSpec, NoSuchBuffer, QuotaExceeded, from_oserror
+from udmabufd.core.errors import Busy, InvalidSpec, NoSuchBuffer, from_oserror
 from udmabufd.core.events import Event, emit
 from udmabufd.core.identity import Identity
-from udmabufd.core.lanes import Lanes
-from udmabufd.core.ledger import Ledger, Owner, Resource
+from udmabufd.core.ledger import ROOT, Ledger, Owner, Resource
 from udmabufd.core.limits import Limits
-from udmabufd.core.maker import Maker, Source
-from udmabufd.core.memory import Accounting
+from udmabufd.core.maker import Maker
+from udmabufd.core.moving import Moving
 from udmabufd.core.placement import Placement, under
 from udmabufd.core.pool import Explained
 from udmabufd.core.requests import repeat_of
 from udmabufd.core.spec import Request, check_name
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
+from udmabufd.core.wrapping import Wrapping
 from udmabufd_base.fd import OwnedFd
-from udmabufd_client.contract import MAX_FDS_PER_MESSAGE, WRAPPED
+from udmabufd_client.contract import MAX_FDS_PER_MESSAGE
 
 log = logging.getLogger(__name__)
-
-ROOT: Final = 0
 
 LISTED_PER_CALL: Final = 4
 """Buffers in a list whose making takes as long as a call does otherwise."""
@@ -66,19 +64,21 @@ class Service:
         custody: Custody,
         maker: Maker,
         identity: Identity,
+        moving: Moving,
     ) -> None:
         """`wrapper` exports the memfds of clients."""
         self.limits = limits
         self.placement = placement
         self.custody = custody
-        self.attaching = Attaching(custody.registry, ledger, placement)
+        self.attaching = Attaching(custody.registry, ledger, placement, moving)
+        self.moving = moving
         self._registry = custody.registry
         self._creation = Creation(custody, maker, self.attaching)
         self._ledger = ledger
         self._wrapper = wrapper
         self._maker = maker
         self._identity = identity
-        self._lanes = Lanes()
+        self._wrapping = Wrapping(self._creation, maker, placement, wrapper, identity)
 
     @property
     def changed(self) -> Callable[[Buffer, tuple[str, ...]], None]:
@@ -126,7 +126,7 @@ class Service:
             for buffer in buffers:
                 undo.callback(self._creation.abandon, buffer, holder)
             for buffer in buffers:
-                grants.append(Grant(buffer, undo.enter_context(self._dup(buffer))))
+                grants.append(Grant(buffer, undo.enter_context(await self._hand_out(buffer, holder))))
                 _log_of(buffer, holder, "allocated" if made else "asked for again")
             undo.pop_all()
         if made:
@@ -163,34 +163,12 @@ class Service:
     ) -> Buffer:
         """Export parts of the caller's own `memfds` (borrowed) as one dma-buf, one share of it for `holder`."""
         self.custody.check_serving()
-        pages = []
-        for index, fd in enumerate(memfds):
-            if (page := self._identity.memfd_page(fd.fileno())) is None:
-                raise BadMemfd(f"memfd {index} is no memfd")
-            pages.append(page)
-        size = wrap.check(memfds, ranges, pages)
-        named = {key: value for key, value in options.items() if key in ("name", "constraints")}
-        request = self._check({"size": size, **named}).wrapping()
-        files = [self._identity.of(fd.fileno()) for fd in memfds]
-        given = {**request.canonical(options), "memfds": files, "ranges": list(ranges)}
+        request, given = self._wrapping.check(memfds, ranges, options)
         asked = repeat_of(holder.owner, "WrapMemfd", given, 1)
 
         async def make() -> list[Buffer]:
             wishes = await self._wishes(holder, options)
-            self.placement.check_wrapped(under(request, wishes), size)
-            for refusal in self._wrapper.refusals(size, len(ranges)):
-                raise refusal.error
-            if holder.uid != ROOT:
-                self._maker.check_left_behind()
-            export = wrap.exporter(self._wrapper, memfds, ranges, privileged=holder.uid == ROOT)
-
-            def source(names: Sequence[str]) -> list[Source]:
-                # Admitted as if its pages were the service's own: those that are punched meanwhile will be.
-                return [Source(WRAPPED, size, Accounting.SERVICE, partial(export, names))]
-
-            async with self._lanes.turn(holder.uid):
-                run = partial(self._lanes.run, holder.uid)
-                return await self._creation.make(request, holder, wishes, asked, 1, source, run)
+            return await self._wrapping.make(request, holder, wishes, asked, memfds, ranges)
 
         return await self._one(holder, options, asked, make, "wrapped")
 
@@ -198,18 +176,27 @@ class Service:
         """Make `holder` a holder of the buffer whose file `fd` (borrowed) is; one that lingers lives again."""
         self.custody.check_serving()
         try:
-            found = self._identity.identify("fd", fd.fileno(), self._registry.knows_file)
+            found = self._identity.identify("fd", fd.fileno(), self._registry.files.knows)
         except OSError as error:
             raise InvalidSpec("fd", f"is no descriptor that can be looked at ({error.strerror})") from error
         lingered = False
 
         def share() -> Buffer:
             nonlocal lingered
-            buffer = self._registry.by_file(found.device, found.inode)
+            buffer = find()
+            if buffer in self.moving.moves:
+                raise Busy("fd: the buffer has begun to move; try again")
             lingered = buffer.ended
             self._registry.share(buffer, holder)
+            self._registry.loosen(buffer, holder)
+            self._registry.use(buffer)
             return buffer
 
+        def find() -> Buffer:
+            return self._registry.files.find(found.device, found.inode)
+
+        # Not while it moves: what the caller has would be stale by the answer.
+        await self.moving.moves.over(find())
         buffer = await self._creation.swept(holder, share)
         if lingered:
             emit(log, Event.BUFFER_REVIVED, buffer=buffer.id, uid=holder.uid)
@@ -226,6 +213,7 @@ class Service:
             self._registry.share(buffer, holder)
             return buffer
 
+        await self.moving.moves.over(self._registry.by_ticket(ticket))
         buffer = await self._creation.swept(holder, share)
         _log_of(buffer, holder, "imported by ticket")
         return buffer
@@ -239,19 +227,11 @@ class Service:
             if attachment is not None:
                 self._registry.attachments.of(buffer, holder, attachment)
             if buffer.memory is None:
-                try:
-                    await self._maker.make([buffer], self.placement.sources(buffer.request)([buffer.name]))
-                except QuotaExceeded:
-                    if holder.uid == buffer.payer.uid:
-                        raise
-                    # The figures are another user's.
-                    limit = self.limits.max_bytes_per_user
-                    raise QuotaExceeded(
-                        f"size: the user who created the buffer would exceed the limit max_bytes_per_user of {limit}"
-                    ) from None
+                sources = self.placement.sources(buffer.request)([buffer.name])
+                await self._maker.make([buffer], sources, asking=holder)
                 _log_of(buffer, holder, "allocated")
                 self._tell_of_memory(buffer)
-        return Grant(buffer, self._dup(buffer))
+            return Grant(buffer, await self._given(buffer, holder, loose=attachment is None))
 
     def answered(self, holder: Holder, buffers: Sequence[Buffer]) -> None:
         """Take notice that the call by which `holder` has `buffers` was answered: one that may be repeated matters."""
@@ -334,13 +314,33 @@ class Service:
         rounded_up = buffer.size != buffer.request.size
         self.changed(buffer, ("State", "Serial", "Allocator", *(("Size",) if rounded_up else ())))
 
-    def _dup(self, buffer: Buffer) -> OwnedFd:
-        if buffer.memory is None:
+    async def _hand_out(self, buffer: Buffer, holder: Holder) -> OwnedFd:
+        """Return a descriptor of a buffer that was made by now."""
+        async with buffer.backing:
+            if buffer.memory is None or holder not in buffer.shares:
+                raise NoSuchBuffer
+            return await self._given(buffer, holder, loose=True)
+
+    async def _given(self, buffer: Buffer, holder: Holder, *, loose: bool) -> OwnedFd:
+        """Return a descriptor for `holder`, which with `loose` none of its attachments need answer for; bring the
+        memory back first if it was evicted. With the backing lock held.
+        """
+        if buffer.evicted:
+            await self.moving.bring_back(buffer, holder)
+        self._registry.use(buffer)
+        memory = buffer.memory
+        if memory is None or buffer.withdrawn or holder not in buffer.shares:
             raise NoSuchBuffer
         try:
-            return buffer.memory.dup()
+            fd = memory.dup()
         except OSError as error:
             raise from_oserror(error, "duplicating a descriptor") from error
+        with ExitStack() as undo:
+            undo.enter_context(fd)
+            if loose:
+                self._registry.loosen(buffer, holder)
+            undo.pop_all()
+        return fd
 
 
 def _log_of(buffer: Buffer, holder: Holder, what: str) -> None:

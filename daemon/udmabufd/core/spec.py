@@ -41,6 +41,15 @@ def check_name(key: str, name: str) -> str:
     return name
 
 
+def check_allocator(name: str, kind: Kind) -> str:
+    """Return `name` if an allocator of `kind` may be called so. Raises InvalidSpec naming the key `allocator`."""
+    if not ALLOCATOR_NAME.fullmatch(name):
+        raise InvalidSpec("allocator", "is no allocator name, such as 'udmabuf' or 'memfd'")
+    if (name == MEMFD) != (kind is Kind.MEMFD):
+        raise InvalidSpec("allocator", f"{name!r} contradicts kind {kind!s}")
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A checked `spec`, under the demands of the devices that are to use the buffer.
@@ -120,24 +129,36 @@ class Request:
         """Return the spec's own demands and `demands` together. Raises IncompatibleConstraints."""
         return merge((Demand(SPEC, self.constraints), *demands))
 
+    def grown(self, size: int, demands: Iterable[Demand]) -> Request:
+        """Return the same request for memory of at least `size` bytes that suits `demands` too, in which everything
+        stays where it is laid out. Raises IncompatibleConstraints; misfit() tells what could not be met.
+        """
+        merged = self.merge(demands)
+        step = math.lcm(merged.constraints.size_alignment, PAGE_SIZE)
+        needed = max(size, self._ends(merged.constraints)[-1] + merged.constraints.tail_padding)
+        return replace(self, size=-(-needed // step) * step, merged=merged)
+
+    def _ends(self, wanted: Constraints) -> list[int]:
+        """Return where each plane ends whose rows are padded as `wanted`, or where the bytes asked for do."""
+        if self.layout is None or self.format is None or self.height is None:
+            return [self.size_requested]
+        rows = -(-self.height // wanted.height_alignment) * wanted.height_alignment
+        planes = zip(FORMATS[self.format], self.layout.offsets, self.layout.strides, strict=True)
+        return [offset + stride * plane.rows(rows) for plane, offset, stride in planes]
+
     def misfit(self, size: int, merged: Merged) -> str | None:
         """Return the first key of `merged` that memory of `size` bytes, laid out as this request is, does not meet, or
         None.
         """
-        wanted, layout = merged.constraints, self.layout
-        if layout is not None and self.format is not None and self.height is not None:
+        wanted, layout, ends = merged.constraints, self.layout, self._ends(merged.constraints)
+        if layout is not None:
             if any(stride % wanted.stride_alignment for stride in layout.strides):
                 return "stride_alignment"
             if wanted.max_stride is not None and max(layout.strides) > wanted.max_stride:
                 return "max_stride"
-            rows = -(-self.height // wanted.height_alignment) * wanted.height_alignment
-            planes = zip(FORMATS[self.format], layout.offsets, layout.strides, strict=True)
-            ends = [offset + stride * plane.rows(rows) for plane, offset, stride in planes]
             if any(end > limit for end, limit in zip(ends, (*layout.offsets[1:], size), strict=True)):
                 return "height_alignment"
-            if ends[-1] + wanted.tail_padding > size:
-                return "tail_padding"
-        elif self.size_requested + wanted.tail_padding > size:
+        if ends[-1] + wanted.tail_padding > size:
             return "tail_padding"
         return "size_alignment" if size % wanted.size_alignment else None
 
@@ -189,10 +210,4 @@ def _choice(spec: Mapping[str, Any], key: str, default: _Choice) -> _Choice:
 
 def _allocator(spec: Mapping[str, Any], kind: Kind) -> str | None:
     name = spec.get("allocator")
-    if name is None:
-        return None
-    if not isinstance(name, str) or not ALLOCATOR_NAME.fullmatch(name):
-        raise InvalidSpec("allocator", "is no allocator name, such as 'udmabuf' or 'memfd'")
-    if (name == MEMFD) != (kind is Kind.MEMFD):
-        raise InvalidSpec("allocator", f"{name!r} contradicts kind {kind!s}")
-    return name
+    return None if name is None else check_allocator(name, kind)

@@ -8,6 +8,7 @@ mean is left to records.py.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import json
 import os
@@ -97,7 +98,11 @@ class StateFile:
         return slot
 
     def reserve(self, count: int) -> None:
-        """Make sure that `count` more records can be written. Raises OSError when there is no memory for them."""
+        """Make sure that `count` more records can be written. Raises OSError when there is no memory for them, or it
+        is closed.
+        """
+        if self.fd.closed:
+            raise OSError(errno.EBADF, "the state is closed")
         while len(self._free) < count:
             self._grow()
 

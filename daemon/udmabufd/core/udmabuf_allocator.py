@@ -126,6 +126,21 @@ class UdmabufAllocator:
             undo.pop_all()
         return memory
 
+    def export_again(self, evicted: Memory, request: Request, name: str, populate: Populate) -> Memory:
+        """Export the memfd of a buffer that was evicted, whose pages `populate` brings back; what is in them stays.
+        Raises what allocate() does.
+        """
+        assert evicted.memfd is not None
+        with ExitStack() as undo:
+            # A file of its own, as the store takes none twice.
+            fd = undo.enter_context(memfd.reopen(evicted.memfd.fileno()))
+            populate(fd.fileno(), evicted.size)
+            exported = self.export_list([udmabuf.Item(fd.fileno(), 0, evicted.size)], request)
+            undo.enter_context(exported.dma_buf)
+            memory = describe(exported, self.name, fd, evicted.size, name)
+            undo.pop_all()
+        return memory
+
     def refusals(self, size: int, items: int) -> tuple[Refusal, ...]:
         """Return why the driver would not export `size` bytes in so many `items` now; nothing if it would."""
         return tuple(filter(None, (self.unavailable, self._exceeds(size, items))))
@@ -216,6 +231,29 @@ def _does_cached(request: Request) -> bool:
     """Whether cached memory will do where what `request` prefers is not to be had."""
     accepted = request.merged.constraints.cache
     return request.cache_policy is CachePolicy.PREFER and (accepted is None or Cache.CACHED in accepted)
+
+
+def unexported(name: str, size: int, populate: Populate) -> Memory:
+    """Return memory that nobody has: a memfd of `size` bytes, filled by `populate`, for export_again(). Raises
+    OSError.
+    """
+    with ExitStack() as undo:
+        fd = undo.enter_context(memfd.create(name, size))
+        populate(fd.fileno(), size)
+        memfd.add_seals(fd.fileno(), memfd.F_SEAL_SHRINK | memfd.F_SEAL_GROW)
+        identity = fdstat.look(fd.fileno())
+        undo.pop_all()
+    return Memory(
+        allocator=UDMABUF,
+        size=size,
+        memfd=fd,
+        dma_buf=None,
+        device=identity.device,
+        inode=identity.inode,
+        cache=Cache.CACHED,
+        evidence=CacheEvidence.DEFAULT,
+        needs_sync=True,
+    )
 
 
 def describe(
