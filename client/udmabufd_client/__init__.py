@@ -47,14 +47,17 @@ if TYPE_CHECKING:
     )
     from udmabufd_client.inventory import AllocatorInfo, DeviceInfo, Verdict
     from udmabufd_client.memfd import wrappable_memfd
+    from udmabufd_client.notice import MoveKind
     from udmabufd_client.slow_reads import SlowReadWarning
     from udmabufd_client.spec import new_request_id
-    from udmabufd_client.sync import Attachment, Buffer, Client
+    from udmabufd_client.sync import Attachment, Buffer, Client, Move
 
 __all__ = [
     "Client",
     "Buffer",
     "Attachment",
+    "Move",
+    "MoveKind",
     "AttachmentInfo",
     "Verdict",
     "DeviceInfo",
@@ -101,6 +104,8 @@ _HOMES: Final = {
     "Client": "sync",
     "Buffer": "sync",
     "Attachment": "sync",
+    "Move": "sync",
+    "MoveKind": "notice",
     "AttachmentInfo": "info",
     "Verdict": "inventory",
     "DeviceInfo": "inventory",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The client for asyncio: `Client` and its `Buffer`, whose verbs are coroutines.
 
-Blocking programs use sync, which has the same verbs. The work is done in service.py (calls) and buffer.py (memory).
+Blocking programs use sync, which has the same verbs. Buffer and what belongs to it are in aio_buffer.py; the work is
+done in service.py (calls).
 """
 
 from __future__ import annotations
@@ -12,103 +13,16 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from udmabufd_client.attachment import Attached, AttachmentBase
-from udmabufd_client.buffer import BufferBase
+from udmabufd_client.aio_buffer import Attachment, Buffer, Move, MoveStream
 from udmabufd_client.info import Limits, ListedBuffer, RecoveredBuffer, Usage
 from udmabufd_client.interface import preload
 from udmabufd_client.inventory import AllocatorInfo, DeviceInfo, Verdict
 from udmabufd_client.memfd import HasFileno, borrowed, lend
 from udmabufd_client.service import Service
 from udmabufd_client.session import DEFAULT_TIMEOUT
-from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_attach, marshal_spec, marshal_wrap
+from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_spec, marshal_wrap
 
-
-class Attachment(AttachmentBase):
-    """An attachment whose calls of the service are coroutines; `async with` detaches at its end."""
-
-    def __init__(self, service: Service, attached: Attached) -> None:
-        super().__init__(attached)
-        self._service = service
-
-    async def detach(self, *, timeout: float | None = None) -> None:
-        """End it: the buffer's memory need no longer suit the device. Harmless when repeated. Raises UdmabufError."""
-        await self._service.attachments.detach(self._attached, timeout)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.detach()
-
-
-class Buffer(BufferBase):
-    """A buffer whose calls of the service are coroutines. `timeout` is in seconds; None: the client's."""
-
-    async def get_fd(self, *, attachment: AttachmentBase | int | None = None, timeout: float | None = None) -> int:
-        """Make sure that the buffer has its descriptor, and memory behind it; return it, borrowed.
-
-        `attachment`, of this buffer, says which device it is for: then the service is asked in any case, and refuses
-        when that attachment has ended (InvalidSpec). Raises UdmabufError; ValueError when the buffer is closed.
-        """
-        if self._fd is None or attachment is not None:
-            wanted = self._attachment(attachment)
-            return self._install(await self._service.get_fd(self._share, wanted, timeout))
-        return self.fileno()
-
-    async def attach(
-        self,
-        device: str,
-        constraints: Mapping[str, object] | None = None,
-        dynamic: bool = False,
-        *,
-        timeout: float | None = None,
-    ) -> Attachment:
-        """Say that `device` (a device node, sysfs path or subsystem:name) will touch the buffer.
-
-        Before there is memory nothing is allocated, and the answer comes at once. `constraints` are what the device
-        needs beside what the service knows of it, keys as in contract.CONSTRAINT_KEYS. Raises IncompatibleConstraints
-        and NoAllocator when no memory suits all that are attached, Busy when the memory that the buffer has does not,
-        NoSuchDevice, InvalidSpec; the buffer is as before then.
-        """
-        options = marshal_attach(constraints=constraints, dynamic=dynamic or None)
-        attached = await self._service.attach(self._share, check_text("device", device), options, timeout)
-        return Attachment(self._service, attached)
-
-    @property
-    def own_attachments(self) -> tuple[Attachment, ...]:
-        """What this Buffer has attached and has not ended: by attach(), or by `devices` of its spec, in that order."""
-        return tuple(Attachment(self._service, attached) for attached in self._share.attachments)
-
-    async def get_ticket(self, *, timeout: float | None = None) -> str:
-        """Return the secret with which another process becomes a holder: see Client.import_ticket()."""
-        return await self._service.get_ticket(self._share, timeout)
-
-    async def set_name(self, name: str, *, timeout: float | None = None) -> None:
-        """Rename the buffer: 1 to 31 bytes of 0x20 to 0x7e, shown in the kernel's listings too."""
-        await self._service.set_name(self._share, check_text("name", name), timeout)
-
-    async def refresh(self, *, timeout: float | None = None) -> None:
-        """Read the buffer's properties anew: `attachments` above all, for signals keep all others fresh while this
-        connection holds the buffer. `attachments` stays None if they change again and again meanwhile.
-        """
-        await self._service.refresh(self._share, timeout)
-
-    async def release(self, *, timeout: float | None = None) -> None:
-        """Give the share back and wait for the answer. The descriptor stays open until close().
-
-        After ServiceRestarted nothing is left to be done: the client gives the share back by itself if need be.
-        """
-        await self._service.release(self._share, timeout)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+__all__ = ["Attachment", "Buffer", "Client", "Connecting", "Move", "MoveStream"]
 
 
 class Client:
@@ -158,8 +72,7 @@ class Client:
         self, spec: Mapping[str, object] | None = None, /, *, timeout: float | None = None, **keys: Unpack[SpecKeys]
     ) -> Buffer:
         """Create a buffer with memory. Keys in `spec`, as keywords, or both: see SpecKeys."""
-        share, fd = await self._service.allocate(marshal_spec(spec, keys), timeout)
-        return Buffer(self._service, share, fd)
+        return Buffer(self._service, await self._service.allocate(marshal_spec(spec, keys), timeout))
 
     async def allocate_many(
         self,
@@ -172,13 +85,13 @@ class Client:
     ) -> list[Buffer]:
         """Create `count` buffers alike in one call, all or none."""
         made = await self._service.allocate_many(marshal_spec(spec, keys), check_count(count), timeout)
-        return [Buffer(self._service, share, fd) for share, fd in made]
+        return [Buffer(self._service, share) for share in made]
 
     async def create(
         self, spec: Mapping[str, object] | None = None, /, *, timeout: float | None = None, **keys: Unpack[SpecKeys]
     ) -> Buffer:
         """Create a buffer without memory: Buffer.get_fd(), of any holder, allocates."""
-        return Buffer(self._service, await self._service.create(marshal_spec(spec, keys), timeout), None)
+        return Buffer(self._service, await self._service.create(marshal_spec(spec, keys), timeout))
 
     async def wrap(
         self,
@@ -200,22 +113,22 @@ class Client:
         """
         options = marshal_wrap(name=name, constraints=constraints, devices=devices, request_id=request_id)
         fds, parts = lend(memfds, ranges)
-        return Buffer(self._service, await self._service.wrap(fds, parts, options, timeout), None)
+        return Buffer(self._service, await self._service.wrap(fds, parts, options, timeout))
 
     async def import_fd(self, fd: int | HasFileno, *, timeout: float | None = None) -> Buffer:
         """Become a holder of the buffer that `fd` is a descriptor of, however it was come by.
 
-        `fd` is borrowed; the Buffer has a duplicate of it. Raises NoSuchBuffer for one that is not of this service,
-        AccessDenied for one opened O_PATH or read-only, InvalidSpec for what is no buffer at all; OSError, ValueError.
+        `fd` is borrowed; the Buffer has a duplicate of it, or a descriptor of the memory that it has moved to since.
+        Raises NoSuchBuffer for one that is not of this service, AccessDenied for one opened O_PATH or read-only,
+        InvalidSpec for what is no buffer at all; OSError, ValueError.
         Not repeated when the service ends before it answers, for the share would be taken twice: ServiceRestarted.
         """
-        share, own = await self._service.import_fd(borrowed(fd), timeout)
-        return Buffer(self._service, share, own)
+        return Buffer(self._service, await self._service.import_fd(borrowed(fd), timeout))
 
     async def import_ticket(self, ticket: str, *, timeout: float | None = None) -> Buffer:
         """Become a holder of another process's buffer, of which it gave the ticket (Buffer.get_ticket())."""
         share = await self._service.import_ticket(check_text("ticket", ticket), timeout)
-        return Buffer(self._service, share, None)
+        return Buffer(self._service, share)
 
     async def list_buffers(self, *, timeout: float | None = None) -> list[ListedBuffer]:
         """Return what the service says of the buffers of this user; root sees all."""
@@ -255,6 +168,13 @@ class Client:
         recover, AccessDenied; ServiceRestarted is to be followed by a look at list_buffers().
         """
         return await self._service.reports.recover(discard, interactive, timeout)
+
+    async def drain(self, allocator: str, *, interactive: bool = False, timeout: float | None = None) -> None:
+        """Move every buffer whose memory is of `allocator` to others. For root, and whom polkit allows.
+
+        Raises Busy when some are held in place: what has moved stays moved; NoAllocator, AccessDenied.
+        """
+        await self._service.reports.drain(check_text("allocator", allocator), interactive, timeout)
 
     async def limits(self, *, timeout: float | None = None) -> Limits:
         """Return the limits that apply to this user."""

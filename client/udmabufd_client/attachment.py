@@ -23,7 +23,7 @@ class Attached:
     `number` is 0 while the service is not known to have it.
     """
 
-    __slots__ = ("constraints", "device", "leaving", "number", "options", "reason", "share")
+    __slots__ = ("__weakref__", "constraints", "device", "leaving", "number", "options", "pins", "reason", "share")
 
     def __init__(self, share: Share, number: int, device: str, options: Mapping[str, Variant]) -> None:
         self.share = share
@@ -33,6 +33,8 @@ class Attached:
         """What Attach was told, as its a{sv}."""
         self.constraints: dict[str, Any] = {}
         """The merged constraints, as Attach answered them."""
+        self.pins = 0
+        """How often it is pinned."""
         self.leaving = False
         """Whether it is being detached: it is not had again then."""
         self.reason = ""
@@ -81,6 +83,11 @@ class AttachmentBase:
     def dynamic(self) -> bool:
         """Whether the importer can be told to use other memory."""
         return self._attached.dynamic
+
+    @property
+    def pins(self) -> int:
+        """How often this client has pinned it: meanwhile the buffer is neither moved nor evicted."""
+        return 0 if self.ended else self._attached.pins
 
     @property
     def buffer_id(self) -> str:

@@ -46,6 +46,8 @@ class Attachments:
 
     def __init__(self, session: Session, shares: Shares) -> None:
         self.on_detached: Callable[[Attached], object] | None = None
+        self.left: Callable[[str], object] = lambda path: None
+        """Called with the path of a buffer when an attachment of this client to it has ended, for whatever reason."""
         self._session = session
         self._shares = shares
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -188,12 +190,14 @@ class Attachments:
                 self._take_back(share.path, attached.number)
             attached.end("its buffer was closed or released")
         share.attachments.clear()
+        self.left(share.path)
 
     def lost(self, share: Share) -> None:
         """A share is lost, and what it had attached."""
         for attached in share.attachments:
             attached.end("its buffer was lost in a restart of the service or of the bus")
         share.attachments.clear()
+        self.left(share.path)
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
@@ -316,6 +320,7 @@ class Attachments:
     def _forget(self, attached: Attached) -> None:
         if attached in attached.share.attachments:
             attached.share.attachments.remove(attached)
+        self.left(attached.share.path)
 
 
 def own_numbers(rows: Rows) -> frozenset[int]:

@@ -7,6 +7,7 @@ Knows dma-bufs and the two directions. Whether a buffer is one that has brackets
 from __future__ import annotations
 
 import os
+import select
 import threading
 import weakref
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class SyncBracket:
         """
         if flags & WRITE:
             flags |= READ
+        self._wait_for_fences(flags)
         if self._enter(access, None, flags):
             return
         # Without our lock: dup() takes the buffer's, and a garbage collection under that one may want ours.
@@ -65,6 +67,24 @@ class SyncBracket:
         finally:
             if self._fd is not fd:
                 fd.close()
+
+    def _wait_for_fences(self, flags: int) -> None:
+        """Wait for the devices that a START would wait for, if there is to be one while others are inside: without the
+        lock, which they need to leave.
+        """
+        with self._lock:
+            if self._fd is None or not flags & ~self._held:
+                return
+            try:
+                fd = self._fd.dup()
+            except OSError:
+                # The START itself waits, too.
+                return
+        poller = select.poll()
+        with fd:
+            # When all, or those who write, are done: dma_buf_poll in drivers/dma-buf/dma-buf.c.
+            poller.register(fd.fileno(), select.POLLOUT if flags & WRITE else select.POLLIN)
+            poller.poll()
 
     def leave(self, access: Access) -> None:
         """End an access, if it is inside; the last one ends the bracket. Raises OSError; it is ended all the same."""

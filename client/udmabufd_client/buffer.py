@@ -6,13 +6,10 @@ Local work only. The verbs that ask the service are added by aio.Buffer (corouti
 
 from __future__ import annotations
 
-import fcntl
 import os
-import threading
 import warnings
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +18,9 @@ from udmabufd_client.attachment import Attached, AttachmentBase
 from udmabufd_client.bracket import READ, WRITE, Access
 from udmabufd_client.contract import Kind
 from udmabufd_client.info import AttachmentInfo, BufferInfo, Plane
-from udmabufd_client.mapping import Map, SharedMapping
+from udmabufd_client.mapping import Map
+from udmabufd_client.memory import Memory
+from udmabufd_client.notice import Notice
 from udmabufd_client.service import Service
 from udmabufd_client.share import Share
 from udmabufd_client.slow_reads import notice
@@ -37,18 +36,21 @@ class BufferBase:
 
     `memoryview(buffer)` works from Python 3.12 on (PEP 688); `with buffer.map() as view` and numpy.asarray(buffer)
     work everywhere. None of them brackets the access: see cpu_access().
+
+    A buffer with a dynamic attachment can get other memory, or be evicted. The Buffer sees to it, unless it has
+    `on_move` or moves(): when its maps and arrays are gone it lets the service go ahead, has those wait who want to
+    map it meanwhile, and gets the new descriptor. While something is mapped the buffer stays where it is. On the event
+    loop, which must not wait, mapping it raises Busy meanwhile, and ValueError after an eviction: `await get_fd()`
+    waits for both. Descriptors and maps that were handed on are their receivers', who are not asked: whoever passes
+    one on answers for them.
     """
 
-    def __init__(self, service: Service, share: Share, fd: OwnedFd | None) -> None:
+    def __init__(self, service: Service, share: Share, fd: OwnedFd | None = None) -> None:
         self._service = service
         self._share = share
-        self._fd = fd
+        if fd is not None:
+            share.memory.take(fd, share.info)
         self._closed = False
-        self._lock = threading.Lock()
-        self._mapping = SharedMapping()
-        duplicate = weakref.WeakMethod(self._spare)
-        # The share outlives a Buffer that is dropped without close(), and must not keep it alive.
-        share.duplicate = lambda: method() if (method := duplicate()) is not None else None
 
     # What is known
 
@@ -130,29 +132,29 @@ class BufferBase:
 
     @property
     def has_fd(self) -> bool:
-        """Whether the buffer has its descriptor: not while empty, nor after steal_fd() or close()."""
-        return self._fd is not None
+        """Whether the buffer has its descriptor: not while empty or evicted, nor after steal_fd() or close()."""
+        return self._memory.has_fd
 
     def fileno(self) -> int:
-        """Borrow the descriptor: it stays the buffer's. Raises ValueError when there is none."""
-        fd = self._fd
-        if fd is None:
-            hint = "it is closed" if self._closed else "get_fd() gets one"
-            raise ValueError(f"{self._label} has no descriptor: {hint}")
-        return fd.fileno()
+        """Borrow the descriptor: it stays the buffer's, which closes it when it has moved: dup() gives one to keep.
+
+        After an eviction the service is asked for another. Raises ValueError when there is none.
+        """
+        self._bring_back()
+        return self._present(self._memory.fileno())
 
     def dup(self) -> int:
-        """Return a second descriptor, close-on-exec, which is the caller's to close. Raises ValueError, OSError."""
-        with self._lock:
-            return fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
+        """Return a second descriptor, close-on-exec, which is the caller's to close. Raises ValueError, OSError.
+
+        It is of the memory that the buffer has now, and holds it: the buffer is not evicted before it is closed.
+        """
+        self._bring_back()
+        return self._own_dup().steal()
 
     def steal_fd(self) -> int:
         """Give the descriptor away: the caller closes it. get_fd() gets the buffer another. Raises ValueError."""
-        with self._lock:
-            self.fileno()
-            fd, self._fd = self._fd, None
-            assert fd is not None
-            stolen = fd.steal()
+        self._bring_back()
+        stolen = self._present(self._memory.steal())
         self._service.want_ticket_soon(self._share)
         return stolen
 
@@ -164,8 +166,12 @@ class BufferBase:
         All maps of a Buffer share one mapping, which the last of them drops. Raises ValueError without a descriptor,
         OSError as mmap(2) does. A map can stay for as long as one likes; but where `info.needs_sync`, what is read
         and written outside of cpu_access() may be neither what devices wrote nor what they will see.
+
+        Blocks while the buffer is about to get other memory: MoveTimedOut when that takes longer than was told. After
+        an eviction it blocks until the memory is back. See the class for event loops.
         """
-        return Map(self._mapping, self._own_dup, self.size, writable=writable, label=self._label)
+        with self._in_place():
+            return self._map(writable)
 
     @contextmanager
     def cpu_access(self, read: bool = True, write: bool = True) -> Iterator[memoryview]:
@@ -180,13 +186,17 @@ class BufferBase:
         flags = (READ if read else 0) | (WRITE if write else 0)
         if not flags:
             raise ValueError("cpu_access() is for reading, for writing, or for both")
-        with self.map(writable=write) as view:
-            if self.info.kind != Kind.DMA_BUF:
+        with ExitStack() as stack:
+            with self._in_place():
+                view = stack.enter_context(self._map(write))
+                # Of the memory of the view: as long as that is mapped, the buffer has no other.
+                memory = self._memory_id() if self.info.kind == Kind.DMA_BUF else None
+            if memory is None:
                 yield view
                 return
             access = Access()
             try:
-                access.begin(self._memory_id(), self._own_dup, flags)
+                access.begin(memory, self._own_dup, flags)
                 if read:
                     notice(self.info.cache_effective, view, self._label)
                 yield view
@@ -194,12 +204,13 @@ class BufferBase:
                 access.end()
 
     def __buffer__(self, flags: int) -> memoryview:
-        return self._mapping.export(self._own_dup, self.size)
+        with self._in_place():
+            return self._memory.mapping.export(self._own_dup, self._mapped_size)
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
         """numpy's array protocol: the buffer as bytes, kept mapped by the array."""
-        view = self._mapping.export(self._own_dup, self.size)
+        view = self.__buffer__(0)
         return {"shape": (len(view),), "typestr": "|u1", "data": view, "version": 3}
 
     # The end
@@ -209,17 +220,17 @@ class BufferBase:
 
         With maps or arrays still alive there is a ResourceWarning, and their memory stays until they end.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            fd, self._fd = self._fd, None
+        fd, before = self._memory.end()
+        self._closed = True
+        if before:
+            return
         self._service.give_back_soon(self._share)
         if fd is not None:
             fd.close()
-        if self._mapping.mapped:
+        mapping = self._memory.mapping
+        if mapping.mapped:
             warnings.warn(
-                f"{self._label} was closed while it is mapped ({self._mapping.users} maps open): its memory stays "
+                f"{self._label} was closed while it is mapped ({mapping.users} maps open): its memory stays "
                 "until the last map and array are gone",
                 ResourceWarning,
                 stacklevel=2,
@@ -257,25 +268,56 @@ class BufferBase:
             return given._attached if given is not None else None
         return check_number("attachment", given)
 
-    def _install(self, fd: OwnedFd) -> int:
-        """Take the descriptor that get_fd() got, unless another call was faster, and return the buffer's own."""
-        with self._lock:
-            if self._fd is None and not self._closed:
-                self._fd = fd
-            else:
-                fd.close()
-            return self.fileno()
+    @property
+    def _memory(self) -> Memory:
+        return self._share.memory
 
-    def _spare(self) -> OwnedFd | None:
-        """Return a duplicate of the descriptor, if there is one: by it another connection gets the share again."""
-        with self._lock:
-            return None if self._fd is None else self._fd.dup()
+    @property
+    def _settled(self) -> bool:
+        """Whether there is a descriptor, and its memory is not about to be given up."""
+        return self._memory.has_fd and not self._memory.gate.shut
+
+    def _when_moving(self, tell: Callable[[Notice], object] | None) -> None:
+        self._share.watch.callback = tell
+
+    def _present(self, fd: int | None) -> int:
+        if fd is None:
+            hint = "it is closed" if self._closed else "get_fd() gets one"
+            raise ValueError(f"{self._label} has no descriptor: {hint}")
+        return fd
+
+    def _bring_back(self) -> None:
+        if self._memory.away:
+            self._service.descriptors.bring_back(self._share)
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Have the memory stay in the block, in which it is mapped."""
+        while True:
+            self._bring_back()
+            with self._memory.gate.passing(self._label):
+                # It can have been evicted between the two.
+                if not self._memory.away:
+                    yield
+                    return
+
+    def _map(self, writable: bool) -> Map:
+        return Map(self._memory.mapping, self._own_dup, self._mapped_size, writable=writable, label=self._label)
+
+    @property
+    def _mapped_size(self) -> int:
+        """Bytes of the memory that the descriptor is of, which need not be what the service has told of since."""
+        return self._memory.size or self.size
 
     def _memory_id(self) -> tuple[int, int]:
-        with self._lock:
-            status = os.fstat(self.fileno())
+        with self._memory.lock:
+            status = os.fstat(self._present(self._memory.fileno()))
         return status.st_dev, status.st_ino
 
     def _own_dup(self) -> OwnedFd:
         # A borrowed number could be another file's by the time it is used, if another thread calls close().
-        return OwnedFd(self.dup())
+        fd = self._memory.spare()
+        if fd is None:
+            self._present(None)
+            raise AssertionError
+        return fd

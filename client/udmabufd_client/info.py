@@ -160,6 +160,7 @@ class Limits:
     max_calls_in_flight_per_user: int | None = None
     max_bytes_per_application: int | None = None
     max_wrapped_bytes_per_user: int | None = None
+    max_evicted_bytes_per_user: int | None = None
     max_fds_in_flight_per_user: int | None = None
     max_shares_per_user: int | None = None
     max_attachments_per_user: int | None = None

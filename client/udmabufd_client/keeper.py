@@ -36,6 +36,7 @@ from udmabufd_client.errors import (
     UdmabufUnavailable,
 )
 from udmabufd_client.info import BufferInfo
+from udmabufd_client.pins import Pins
 from udmabufd_client.releases import Releases
 from udmabufd_client.session import DEFAULT_TIMEOUT, Session
 from udmabufd_client.share import Share, Shares
@@ -56,7 +57,10 @@ _SHORT: Final = (QuotaExceeded, OutOfMemory)
 
 
 class Keeper:
-    """Looks after the shares of one session. `done` is called after each restart, when every share is held or lost."""
+    """Looks after the shares of one session. `done` is called after each restart, when every share is held or lost.
+
+    `resume` is called with each share of which it is known again what memory the buffer has.
+    """
 
     def __init__(
         self,
@@ -65,14 +69,18 @@ class Keeper:
         arrivals: Arrivals,
         releases: Releases,
         attachments: Attachments,
+        pins: Pins,
         done: Callable[[], object] | None,
+        resume: Callable[[Share], object],
     ) -> None:
         self._session = session
         self._shares = shares
         self._arrivals = arrivals
         self._releases = releases
         self._attachments = attachments
+        self._pins = pins
         self._done = done
+        self._resume = resume
         self._pass: asyncio.Task[None] | None = None
         self._once_more = False
 
@@ -114,6 +122,7 @@ class Keeper:
     async def _read(self, share: Share) -> None:
         try:
             await self._patiently(lambda: self._properties(share))
+            self._resume(share)
         except NoSuchBuffer:
             if not share.released:
                 share.void()
@@ -128,8 +137,9 @@ class Keeper:
         except (UdmabufError, OSError) as error:
             log.info("Buffer %s is lost: %s", share.id, error)
             self._shares.remove(share)
-            self._attachments.lost(share)
+            share.watch.end()
             share.settle(lost=True)
+            self._attachments.lost(share)
             return
         if not share.released:
             # A service that did not know its former state may know the buffer by another id.
@@ -139,6 +149,7 @@ class Keeper:
             if info is not None:
                 share.told_info(info)
             await self._attach_again(share)
+            self._resume(share)
         # Its close(), meanwhile, has found nothing to give back.
         if share.released:
             self._releases.give_back(path)
@@ -161,6 +172,7 @@ class Keeper:
             try:
                 again = functools.partial(self._attachments.again, attached, there)
                 await self._patiently(again, away=_AWAY_ATTACHING)
+                await self._patiently(functools.partial(self._pins.restore, attached), away=_AWAY_ATTACHING)
             except UdmabufError as error:
                 self._attachments.give_up(attached, str(error))
 
@@ -194,7 +206,7 @@ class Keeper:
 
     async def _import(self, share: Share) -> tuple[str, BufferInfo]:
         share.expect()
-        fd = share.duplicate()
+        fd = share.memory.spare()
         if fd is not None:
             with fd:
                 try:

@@ -15,16 +15,18 @@ from contextlib import suppress
 from types import TracebackType
 
 from udmabufd_base.fd import OwnedFd
+from udmabufd_client.gate import Gate
 
 
 class SharedMapping:
     """The one mapping of a buffer in this process: made by the first user, dropped with the last.
 
     Users are Map handles, and whatever took the buffer protocol of the memory (an array, a memoryview): memory is
-    never unmapped under either. Safe from several threads.
+    never unmapped under either. Safe from several threads. The gate is told of what is mapped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate | None = None) -> None:
+        self.gate = gate or Gate()
         # Reentrant: a garbage collection inside may end a handle of this very mapping.
         self._lock = threading.RLock()
         self._count = 0
@@ -55,6 +57,7 @@ class SharedMapping:
                 # BufferError: an array still uses the memory, and unmaps it when it goes.
                 with suppress(BufferError):
                     mapped.close()
+                    self.gate.unmapped(mapped)
 
     def export(self, dup: Callable[[], OwnedFd], size: int) -> memoryview:
         """Return a view that keeps the mapping by itself, without a handle."""
@@ -84,6 +87,7 @@ class SharedMapping:
                     if left is None and fd is not None:
                         left = mmap.mmap(fd.fileno(), size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
                         self._latest = weakref.ref(left)
+                        self.gate.mapped(left)
                     self._mapped = left
                 return self._mapped
             finally:
@@ -108,6 +112,7 @@ class Map:
         self._label = label
         whole = memoryview(mapping.acquire(dup, size))
         self._mapping = mapping
+        mapping.gate.opened(self)
         self._view = whole if writable else whole.toreadonly()
 
     @property
@@ -134,6 +139,7 @@ class Map:
                 self._view.release()
             del self._view
             mapping.release()
+            mapping.gate.ended(self)
 
     def __enter__(self) -> memoryview:
         return self.view
@@ -150,6 +156,7 @@ class Map:
             # The view may be in use elsewhere, and then keeps the memory; this one reference must not.
             del self._view
             mapping.release()
+            mapping.gate.ended(self)
 
     def __repr__(self) -> str:
         return f"<Map of {self._label}{', closed' if self.closed else ''}>"

@@ -59,6 +59,12 @@ class Reports:
         rows = await self._rows("Recover", [options], timeout, ADMIN_INTERFACE, again=False, flags=flags)
         return [RecoveredBuffer.parse(row) for row in rows]
 
+    async def drain(self, allocator: str, interactive: bool, timeout: float | None) -> None:
+        """Drain, for administrators: move every buffer whose memory is of an allocator to others."""
+        flags = ALLOW_INTERACTIVE_AUTHORIZATION if interactive else 0
+        # Once more does no harm: what has moved is not there any more.
+        await self._session.ask(OBJECT_PATH, ADMIN_INTERFACE, "Drain", [allocator], timeout, again=True, flags=flags)
+
     async def _rows(
         self,
         member: str,

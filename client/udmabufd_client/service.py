@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The members of the service as coroutines, each once, for both clients; and the signals that tell of buffers.
 
-Knows what each member means, and whether it can be repeated. What only tells is in reports.py. How calls survive is
-left to session.py, shares to keeper.py and releases.py; buffers as objects, mappings and threads to aio, sync and
-buffer.
+Knows what each member means, and whether it can be repeated. What only tells is in reports.py, descriptors are in
+descriptors.py, moves in moves.py and own_moves.py. How calls survive is left to session.py, shares to keeper.py and
+releases.py; buffers as objects, mappings and threads to aio, sync and buffer.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,14 +17,17 @@ from udmabufd_base.connection import Incoming, Reply
 from udmabufd_base.errors import BusError
 from udmabufd_base.fd import OwnedFd, close_all
 from udmabufd_client.arrivals import Arrivals, new_share
-from udmabufd_client.attachment import Attached
 from udmabufd_client.attachments import Attachments
 from udmabufd_client.contract import BUFFER_INTERFACE
-from udmabufd_client.errors import BadReply, CallTimedOut, InvalidSpec, NoSuchBuffer, ServiceUnavailable, UdmabufError
+from udmabufd_client.descriptors import Descriptors
+from udmabufd_client.errors import BadReply, CallTimedOut, NoSuchBuffer, ServiceUnavailable, UdmabufError
 from udmabufd_client.info import BufferInfo, parse_properties
 from udmabufd_client.interface import PROPERTIES_INTERFACE, interface
 from udmabufd_client.keeper import Keeper
-from udmabufd_client.link import fds_of, steal_fds
+from udmabufd_client.link import steal_fds
+from udmabufd_client.moves import Moves
+from udmabufd_client.own_moves import OwnMoves
+from udmabufd_client.pins import Pins
 from udmabufd_client.releases import Releases
 from udmabufd_client.reports import Reports
 from udmabufd_client.session import DEFAULT_TIMEOUT, Session
@@ -46,7 +48,7 @@ class Service:
         """For open()."""
         self._timeout = timeout
         self._shares = Shares()
-        self._session = Session(
+        self.session = Session(
             bus,
             timeout,
             reconnect=reconnect,
@@ -54,16 +56,37 @@ class Service:
             restarted=lambda: self._keeper.restarted(),
             reconnected=lambda: self._keeper.reconnected(),
         )
-        self._releases = Releases(self._session, self._shares)
-        self._arrivals = Arrivals(self._session, self._shares, self._releases)
-        self.attachments = Attachments(self._session, self._shares)
-        self.reports = Reports(self._session)
+        self._releases = Releases(self.session, self._shares)
+        self._arrivals = Arrivals(self.session, self._shares, self._releases)
+        self.attachments = Attachments(self.session, self._shares)
+        self.pins = Pins(self.session, self.attachments)
+        self.descriptors = Descriptors(self.session, self._shares, timeout)
+        self.own_moves = OwnMoves(self.session, self._shares, self.attachments, self.pins, self.descriptors)
+        self._moves = Moves(
+            self.session,
+            self._shares,
+            self.descriptors,
+            lambda share: self.attachments.read(share, share, DEFAULT_TIMEOUT),
+        )
+        self.attachments.left = self._moves.left
+        self.reports = Reports(self.session)
         self._tellers: dict[tuple[str, str], Callable[..., None]] = {
             (PROPERTIES_INTERFACE, "PropertiesChanged"): self._changed,
             (BUFFER_INTERFACE, "Detached"): self.attachments.detached,
+            (BUFFER_INTERFACE, "MoveNotify"): self._moves.move_notify,
+            (BUFFER_INTERFACE, "EvictNotify"): self._moves.evict_notify,
+            (BUFFER_INTERFACE, "Moved"): self._moves.moved,
+            (BUFFER_INTERFACE, "MoveCancelled"): self._moves.cancelled,
         }
         self._keeper = Keeper(
-            self._session, self._shares, self._arrivals, self._releases, self.attachments, on_reconnect
+            self.session,
+            self._shares,
+            self._arrivals,
+            self._releases,
+            self.attachments,
+            self.pins,
+            on_reconnect,
+            self._moves.resume,
         )
 
     @classmethod
@@ -77,86 +100,78 @@ class Service:
     ) -> Service:
         """Connect to `bus`: "system", "session" or a D-Bus address. Raises ServiceUnavailable, CallTimedOut."""
         service = cls(bus, timeout, reconnect=reconnect, on_reconnect=on_reconnect)
-        await service._session.open()
+        await service.session.open()
         return service
 
     @property
     def unique_name(self) -> str:
         """This connection's name on the bus."""
-        return self._session.unique_name
+        return self.session.unique_name
 
     @property
     def alive(self) -> bool:
         """Whether calls can be made: not closed, and still in the process that connected."""
-        return self._session.alive
+        return self.session.alive
 
     async def wait_lost(self) -> None:
         """Return when the connection to the bus has been lost for the first time, or is closed."""
-        await self._session.wait_lost()
+        await self.session.wait_lost()
 
     async def close(self) -> None:
         """End the connection; the service takes back all shares of it. Harmless when repeated."""
-        await self._session.close()
+        await self.session.close()
 
     def abandon(self) -> None:
         """close() at once, without a turn of the loop, on the loop's thread."""
-        self._session.abandon()
+        self.session.abandon()
 
     def abandon_soon(self) -> None:
         """abandon() from any thread: for finalizers."""
-        self._session.soon(self._session.abandon)
+        self.session.soon(self.session.abandon)
 
     # Members of the allocator that bring shares: repeated only with a request_id, by which the service knows them
 
-    async def allocate(self, spec: Mapping[str, Variant], timeout: float | None) -> tuple[Share, OwnedFd]:
+    async def allocate(self, spec: Mapping[str, Variant], timeout: float | None) -> Share:
         """Allocate: one buffer with memory."""
 
-        def take(reply: Reply) -> list[tuple[Share, OwnedFd]]:
+        def take(reply: Reply) -> list[Share]:
             path, index, info = reply.body
             share = new_share(path, BufferInfo.parse(info))
-            fd = steal_fds(reply, [index])[0]
-            return [(self._hold(share), fd)]
+            return [self._hold(share, steal_fds(reply, [index])[0])]
 
         return (await self._allocate("Allocate", [spec], take, timeout))[0]
 
-    async def allocate_many(
-        self, spec: Mapping[str, Variant], count: int, timeout: float | None
-    ) -> list[tuple[Share, OwnedFd]]:
+    async def allocate_many(self, spec: Mapping[str, Variant], count: int, timeout: float | None) -> list[Share]:
         """AllocateMany: `count` buffers alike, all or none."""
 
-        def take(reply: Reply) -> list[tuple[Share, OwnedFd]]:
+        def take(reply: Reply) -> list[Share]:
             paths, indexes, infos = reply.body
             if not len(paths) == len(indexes) == len(infos) == count:
                 raise BadReply(f"AllocateMany: {len(paths)} buffers and {len(indexes)} descriptors for {count}.")
             shares = [new_share(path, BufferInfo.parse(info)) for path, info in zip(paths, infos, strict=True)]
             fds = steal_fds(reply, indexes)
-            return [(self._hold(share), fd) for share, fd in zip(shares, fds, strict=True)]
+            return [self._hold(share, fd) for share, fd in zip(shares, fds, strict=True)]
 
         return await self._allocate("AllocateMany", [spec, count], take, timeout)
 
     async def _allocate(
-        self,
-        member: str,
-        body: list[Any],
-        take: Callable[[Reply], list[tuple[Share, OwnedFd]]],
-        timeout: float | None,
-    ) -> list[tuple[Share, OwnedFd]]:
-        left = self._countdown(timeout)
+        self, member: str, body: list[Any], take: Callable[[Reply], list[Share]], timeout: float | None
+    ) -> list[Share]:
+        left = self.countdown(timeout)
         spec = body[0]
         with self.attachments.arriving():
             made = await self._arrivals.bring(member, body, take, left(), again="request_id" in spec)
             try:
-                await self.attachments.learn([share for share, _ in made], spec, left)
+                await self.attachments.learn(made, spec, left)
             except BaseException:
-                for share, fd in made:
-                    fd.close()
-                    self.give_back(share)
+                for share in made:
+                    self.drop(share)
                 raise
         return made
 
     async def create(self, spec: Mapping[str, Variant], timeout: float | None) -> Share:
         """CreateBuffer, its properties and its ticket: a buffer without memory."""
-        left = self._countdown(timeout)
+        left = self.countdown(timeout)
 
         def take(reply: Reply) -> Share:
             return self._hold(new_share(reply.body[0], BufferInfo()))
@@ -166,7 +181,7 @@ class Service:
             try:
                 rows = await self.attachments.read(share, share, left())
                 self.attachments.of_spec(share, spec, rows)
-                await self._learn_ticket(share, left())
+                await self.descriptors.learn_ticket(share, left())
             except BaseException:
                 self.give_back(share)
                 raise
@@ -180,7 +195,7 @@ class Service:
         timeout: float | None,
     ) -> Share:
         """WrapMemfd: a buffer of the caller's own memory. Consumes `fds`."""
-        left = self._countdown(timeout)
+        left = self.countdown(timeout)
         try:
             body = [list(range(len(fds))), ranges, options]
             again = "request_id" in options
@@ -188,7 +203,7 @@ class Service:
                 share = await self._arrivals.bring("WrapMemfd", body, self._take, left(), again=again, fds=fds)
                 try:
                     await self.attachments.learn([share], options, left)
-                    await self._learn_ticket(share, left())
+                    await self.descriptors.learn_ticket(share, left())
                 except BaseException:
                     self.give_back(share)
                     raise
@@ -196,13 +211,20 @@ class Service:
             close_all(fds)
         return share
 
-    async def import_fd(self, fd: OwnedFd, timeout: float | None) -> tuple[Share, OwnedFd]:
-        """Import: a share of the buffer that `fd` is of. Consumes `fd`, and returns it beside the share."""
+    async def import_fd(self, fd: OwnedFd, timeout: float | None) -> Share:
+        """Import: a share of the buffer that `fd` is of, whichever memory it had then. Consumes `fd`."""
+        left = self.countdown(timeout)
         try:
-            return await self._arrivals.bring("Import", [0], self._take, timeout, again=False, fds=[fd]), fd
+            share = await self._arrivals.bring("Import", [0], self._take, left(), again=False, fds=[fd])
         except BaseException:
             fd.close()
             raise
+        try:
+            await self.descriptors.refresh(share, fd, share.info, left)
+        except BaseException:
+            self.drop(share)
+            raise
+        return share
 
     async def import_ticket(self, ticket: str, timeout: float | None) -> Share:
         """ImportTicket: a share of another holder's buffer, in whatever state it is."""
@@ -212,64 +234,27 @@ class Service:
 
     # Members of a buffer
 
-    async def get_fd(self, share: Share, attachment: Attached | int | None, timeout: float | None) -> OwnedFd:
-        """GetFd: a descriptor of the buffer, perhaps for an attachment; the first call allocates its memory."""
-        if isinstance(attachment, Attached) and attachment.share.path != share.path:
-            raise InvalidSpec(f"attachment: {attachment.device} is attached to another buffer.")
-
-        def body() -> list[dict[str, Variant]]:
-            if isinstance(attachment, Attached) and (attachment.reason or not attachment.number):
-                raise InvalidSpec(f"attachment: that of {attachment.device} has ended: {attachment.reason}.")
-            number = attachment.number if isinstance(attachment, Attached) else attachment
-            return [{} if number is None else {"attachment": Variant("u", number)}]
-
-        share.expect()
-        reply = await self._session.call(share, BUFFER_INTERFACE, "GetFd", body, timeout, again=True)
-        with fds_of(reply):
-            index, info = reply.body
-            share.told_info(BufferInfo.parse(info))
-            return steal_fds(reply, [index])[0]
-
-    async def attach(
-        self, share: Share, device: str, options: Mapping[str, Variant], timeout: float | None
-    ) -> Attached:
-        """Attach: a device will touch the buffer."""
-        return await self.attachments.attach(share, device, options, self._countdown(timeout))
-
-    async def get_ticket(self, share: Share, timeout: float | None) -> str:
-        """GetTicket: the secret that stands for the buffer in import_ticket()."""
-        (ticket,) = await self._session.ask(share, BUFFER_INTERFACE, "GetTicket", [], timeout, again=True)
-        share.ticket = str(ticket)
-        return share.ticket
-
     def want_ticket_soon(self, share: Share) -> None:
         """Get the ticket of a buffer that has no descriptor any more, from any thread: see Keeper."""
-
-        async def learn() -> None:
-            try:
-                await self._learn_ticket(share, None)
-            except UdmabufError as error:
-                log.debug("Buffer %s goes without its ticket: %s", share.id, error)
-
-        self._session.soon(lambda: self._session.background.start(learn()))
+        self.descriptors.want_ticket_soon(share)
 
     async def set_name(self, share: Share, name: str, timeout: float | None) -> None:
         """SetName: rename the buffer, in the kernel's listings too."""
         share.expect()
-        await self._session.ask(share, BUFFER_INTERFACE, "SetName", [name], timeout, again=True)
+        await self.session.ask(share, BUFFER_INTERFACE, "SetName", [name], timeout, again=True)
         if not share.heard("Name"):
             share.told_properties({"Name": name})
 
     async def refresh(self, share: Share, timeout: float | None) -> None:
         """Read the buffer's properties anew."""
-        await self.attachments.refresh(share, self._countdown(timeout))
+        await self.attachments.refresh(share, self.countdown(timeout))
 
     async def release(self, share: Share, timeout: float | None) -> None:
         """Release: give back the share and wait for the answer. Nothing when it was given back before."""
-        left = self._countdown(timeout)
+        left = self.countdown(timeout)
         if share.released:
             return
-        link = await self._session.standing("Release", left(), share)
+        link = await self.session.standing("Release", left(), share)
         if not self._mark_released(share):
             return
         try:
@@ -296,27 +281,28 @@ class Service:
 
     def give_back_soon(self, share: Share) -> None:
         """give_back() from any thread, also from a finalizer. Nothing once the connection has ended."""
-        self._session.soon(self.give_back, share)
+        self.session.soon(self.give_back, share)
+
+    def drop(self, share: Share) -> None:
+        """give_back() what never became a Buffer, and close its descriptor."""
+        share.memory.close()
+        self.give_back(share)
+
+    def countdown(self, timeout: float | None) -> Callable[[], float]:
+        """Return what tells the seconds left, for what takes several calls."""
+        return self.session.home.countdown(self._timeout if timeout is None else timeout)
 
     # Parts of the above
-
-    def _countdown(self, timeout: float | None) -> Callable[[], float]:
-        """Return what tells the seconds left, for what takes several calls."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + (self._timeout if timeout is None else timeout)
-        return lambda: max(deadline - loop.time(), 0.0)
-
-    async def _learn_ticket(self, share: Share, timeout: float | None) -> None:
-        if self._session.reconnect and not share.ticket:
-            await self.get_ticket(share, timeout)
 
     def _take(self, reply: Reply) -> Share:
         """Take the one share of a reply that has a path and info."""
         path, info = reply.body
         return self._hold(new_share(path, BufferInfo.parse(info)))
 
-    def _hold(self, share: Share) -> Share:
+    def _hold(self, share: Share, fd: OwnedFd | None = None) -> Share:
         self._shares.add(share)
+        if fd is not None:
+            share.memory.take(fd, share.info)
         return share
 
     def _mark_released(self, share: Share) -> bool:
@@ -326,13 +312,15 @@ class Service:
 
     def _forget(self, share: Share) -> None:
         self._shares.remove(share)
+        share.watch.end()
+        self._moves.left(share.path)
         self._releases.settle()
 
     def _signal(self, incoming: Incoming) -> None:
         """Pass on what the service says of a buffer. Anybody can send signals: only the name's owner counts."""
         header = incoming.header
         path, sender = header.path, header.sender
-        if sender != self._session.link.owner or not self._shares.awaits(path):
+        if sender != self.session.link.owner or not self._shares.awaits(path):
             return
         told = self._tellers.get((header.interface, header.member))
         if told is None or header.signature != interface(header.interface).signals[header.member]:
@@ -346,4 +334,6 @@ class Service:
         if interface_name == BUFFER_INTERFACE:
             if "Attachments" in (*changed, *invalidated):
                 self._shares.attachments_changed(path)
-            self._shares.told(path, parse_properties(BUFFER_INTERFACE, changed))
+            properties = parse_properties(BUFFER_INTERFACE, changed)
+            self._shares.told(path, properties)
+            self._moves.told(path, properties.get("Serial"), properties.get("State"))

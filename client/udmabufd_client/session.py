@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
@@ -28,6 +27,7 @@ from udmabufd_client.errors import (
     from_remote,
     not_taken,
 )
+from udmabufd_client.home import Home
 from udmabufd_client.link import Link
 from udmabufd_client.share import Share
 
@@ -71,7 +71,7 @@ class Session:
         self._restarted = restarted
         self._reconnected = reconnected
         self._loop = asyncio.get_running_loop()
-        self._pid = os.getpid()
+        self.home = Home()
         self._closed = False
         self._met = False
         self._changed = asyncio.Event()
@@ -86,17 +86,17 @@ class Session:
     @property
     def alive(self) -> bool:
         """Whether calls can be made: not closed, and still in the process that connected."""
-        return not self._closed and os.getpid() == self._pid
+        return not self._closed and self.home.ours
 
     @property
     def unique_name(self) -> str:
         """The connection's name on the bus; another one after each loss. Raises ServiceUnavailable when closed."""
-        self._check()
+        self.check()
         return self.link.unique_name
 
     async def wait_lost(self) -> None:
         """Return when the connection to the bus has been lost for the first time, or is closed."""
-        self._check()
+        self.check()
         await self._lost.wait()
 
     async def close(self) -> None:
@@ -122,18 +122,8 @@ class Session:
 
     def soon(self, callback: Callable[..., object], *args: Any) -> None:
         """Run `callback` on the loop: at once when this is the loop's thread. Nothing when not alive."""
-        if not self.alive:
-            return
-        try:
-            here = asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            here = False
-        if here:
-            callback(*args)
-        else:
-            # A closed loop has no connection any more: nothing is left to be done on it.
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(callback, *args)
+        if self.alive:
+            self.home.soon(callback, *args)
 
     async def call(
         self,
@@ -248,7 +238,7 @@ class Session:
                     raise remote from error
                 failure = remote
             except BusError as error:
-                self._check()
+                self.check()
                 if not self.reconnect:
                     raise self._final(member, error) from error
                 if not again:
@@ -273,7 +263,7 @@ class Session:
         if only is None:
             await self.background.passed()
         while True:
-            self._check()
+            self.check()
             if only is not None and (self.link is not only or only.lost is not None):
                 raise ServiceRestarted("The connection that the call was for is lost, and what it was about with it.")
             if self.link.lost is None:
@@ -296,8 +286,9 @@ class Session:
                 else:
                     await asyncio.sleep(seconds)
 
-    def _check(self) -> None:
-        if os.getpid() != self._pid:
+    def check(self) -> None:
+        """Raise ServiceUnavailable if no calls can be made any more."""
+        if not self.home.ours:
             raise ServiceUnavailable("This client was made before fork(): connect anew in the child.")
         if self._closed:
             raise ServiceUnavailable("This client is closed: connect anew.")

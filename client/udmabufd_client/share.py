@@ -2,22 +2,25 @@
 """One share of one buffer: what this client holds at the service, and what the service last said of it.
 
 The remote half of a Buffer. Kept fresh by the service's signals, but for what is attached, of which they say only that
-it has changed; knows no mapping, and of the descriptor only whom to ask for a duplicate.
+it has changed. The local half, memory.py's, hangs on it, so that it is known while no Buffer is made of it yet.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
-from udmabufd_base.fd import OwnedFd
 from udmabufd_client import contract
 from udmabufd_client.attachment import Attached
 from udmabufd_client.contract import State
 from udmabufd_client.errors import NoSuchBuffer
+from udmabufd_client.gate import Gate
 from udmabufd_client.info import AttachmentInfo, BufferInfo, state_of
+from udmabufd_client.memory import Memory
+from udmabufd_client.notice import Watch
 
 _INFO_OF_PROPERTY: Final = {"Size": "size", "Serial": "serial", "Allocator": "allocator", "Name": "name"}
 
@@ -38,13 +41,14 @@ class Share:
         "attachments",
         "changes",
         "constraints",
-        "duplicate",
         "info",
         "lost",
+        "memory",
         "path",
         "released",
         "state",
         "ticket",
+        "watch",
     )
 
     def __init__(self, path: str, info: BufferInfo, ticket: str = "") -> None:
@@ -53,8 +57,9 @@ class Share:
         self.state: str = state_of(info)
         self.ticket = ticket
         """The secret that stands for the buffer, where it is known."""
-        self.duplicate: Callable[[], OwnedFd | None] = lambda: None
-        """Returns a descriptor of the buffer, or None if there is none. Raises OSError."""
+        self.memory = Memory()
+        self.watch = Watch()
+        """Who wants to be asked before the memory is given up."""
         self.attachments: list[Attached] = []
         """What this share has attached and is not ended."""
         self.constraints: dict[str, Any] | None = None
@@ -147,6 +152,9 @@ class Share:
         self.attachment_rows = properties.get("Attachments", self.attachment_rows)
         # In info a key without a value is absent; properties have 0 and "" there.
         known = {field: properties[name] or None for name, field in _INFO_OF_PROPERTY.items() if name in properties}
+        if self.info.serial and known.get("serial", self.info.serial) != self.info.serial:
+            # It was the inode of the former memory.
+            known["inode"] = None
         self.info = dataclasses.replace(self.info, **known)
 
 
@@ -163,6 +171,7 @@ class Shares:
         self._held: dict[str, list[Share]] = {}
         self._opening = 0
         self._early: dict[str, dict[str, Any]] = {}
+        self._gates: WeakValueDictionary[str, Gate] = WeakValueDictionary()
 
     def all(self) -> list[Share]:
         """Return every share."""
@@ -188,7 +197,13 @@ class Shares:
         self._opening -= 1
 
     def add(self, share: Share) -> None:
-        """Keep a share that a reply brought, and tell it what signals have said of its buffer since."""
+        """Keep a share that a reply brought, and tell it what signals have said of its buffer since.
+
+        All of one buffer have one gate, also while only maps are left of the former ones.
+        """
+        gate = self._gates.setdefault(share.path, share.memory.gate)
+        if gate is not share.memory.gate and share.memory.gate.idle:
+            share.memory.join(gate)
         self._held.setdefault(share.path, []).append(share)
         share.told_properties(self._early.pop(share.path, {}))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Final, TypedDict
 
 from udmabufd_base.codec import Variant
-from udmabufd_client.contract import ATTACH_TYPES, CONSTRAINT_TYPES, SPEC_TYPES, WRAP_TYPES
+from udmabufd_client.contract import ATTACH_TYPES, CONSTRAINT_TYPES, MOVE_TYPES, SPEC_TYPES, WRAP_TYPES
 from udmabufd_client.errors import InvalidSpec
 
 
@@ -80,6 +80,11 @@ def marshal_wrap(**options: object) -> dict[str, Variant]:
 def marshal_attach(**options: object) -> dict[str, Variant]:
     """Return the options of Attach as its `a{sv}`; None stands for an absent key. Raises InvalidSpec."""
     return _marshalled(options, ATTACH_TYPES)
+
+
+def marshal_move(**options: object) -> dict[str, Variant]:
+    """Return the options of Move as its `a{sv}`; None stands for an absent key. Raises InvalidSpec."""
+    return _marshalled(options, MOVE_TYPES)
 
 
 def marshal_ranges(ranges: Iterable[Sequence[object]]) -> list[list[int]]:

@@ -2,7 +2,8 @@
 """The client for blocking programs: `Client` and its `Buffer`, with the verbs of aio.
 
 Runs the same conversation on a thread of its own, so that signals are taken while the program does something else.
-Nothing here speaks D-Bus or maps memory: service.py and buffer.py do.
+Buffer and what belongs to it are in sync_buffer.py. Nothing here speaks D-Bus or maps memory: service.py and buffer.py
+do.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from udmabufd_base.fd import OwnedFd, close_all
-from udmabufd_client.attachment import Attached, AttachmentBase
-from udmabufd_client.buffer import BufferBase
+from udmabufd_base.fd import close_all
 from udmabufd_client.info import Limits, ListedBuffer, RecoveredBuffer, Usage
 from udmabufd_client.interface import preload
 from udmabufd_client.inventory import AllocatorInfo, DeviceInfo, Verdict
@@ -24,100 +23,12 @@ from udmabufd_client.memfd import HasFileno, borrowed, lend
 from udmabufd_client.service import Service
 from udmabufd_client.session import DEFAULT_TIMEOUT
 from udmabufd_client.share import Share
-from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_attach, marshal_spec, marshal_wrap
+from udmabufd_client.spec import SpecKeys, check_count, check_text, marshal_spec, marshal_wrap
+from udmabufd_client.sync_buffer import Attachment, Buffer, Move, MoveStream
+
+__all__ = ["Attachment", "Buffer", "Client", "Move", "MoveStream"]
 
 T = TypeVar("T")
-
-
-class Attachment(AttachmentBase):
-    """An attachment whose calls of the service block; `with` detaches at its end."""
-
-    def __init__(self, loop: LoopThread, service: Service, attached: Attached, client: Client | None = None) -> None:
-        super().__init__(attached)
-        self._loop = loop
-        self._service = service
-        # As with a Buffer.
-        self._client = client
-
-    def detach(self, *, timeout: float | None = None) -> None:
-        """End it: the buffer's memory need no longer suit the device. Harmless when repeated. Raises UdmabufError."""
-        self._loop.run(self._service.attachments.detach(self._attached, timeout))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.detach()
-
-
-class Buffer(BufferBase):
-    """A buffer whose calls of the service block. `timeout` is in seconds; None: the client's."""
-
-    def __init__(self, client: Client, service: Service, share: Share, fd: OwnedFd | None) -> None:
-        super().__init__(service, share, fd)
-        # A client that nobody else refers to lives as long as its buffers.
-        self._client = client
-
-    def get_fd(self, *, attachment: AttachmentBase | int | None = None, timeout: float | None = None) -> int:
-        """Make sure that the buffer has its descriptor, and memory behind it; return it, borrowed.
-
-        `attachment`, of this buffer, says which device it is for: then the service is asked in any case, and refuses
-        when that attachment has ended (InvalidSpec). Raises UdmabufError; ValueError when the buffer is closed.
-        """
-        if self._fd is None or attachment is not None:
-            wanted = self._attachment(attachment)
-            return self._install(self._client._run(self._service.get_fd(self._share, wanted, timeout), OwnedFd.close))
-        return self.fileno()
-
-    def attach(
-        self,
-        device: str,
-        constraints: Mapping[str, object] | None = None,
-        dynamic: bool = False,
-        *,
-        timeout: float | None = None,
-    ) -> Attachment:
-        """Say that `device` (a device node, sysfs path or subsystem:name) will touch the buffer.
-
-        Before there is memory nothing is allocated, and the answer comes at once. `constraints` are what the device
-        needs beside what the service knows of it, keys as in contract.CONSTRAINT_KEYS. Raises IncompatibleConstraints
-        and NoAllocator when no memory suits all that are attached, Busy when the memory that the buffer has does not,
-        NoSuchDevice, InvalidSpec; the buffer is as before then.
-        """
-        options = marshal_attach(constraints=constraints, dynamic=dynamic or None)
-        call = self._service.attach(self._share, check_text("device", device), options, timeout)
-        return self._own(self._client._run(call, self._service.attachments.unwanted))
-
-    @property
-    def own_attachments(self) -> tuple[Attachment, ...]:
-        """What this Buffer has attached and has not ended: by attach(), or by `devices` of its spec, in that order."""
-        return tuple(self._own(attached) for attached in tuple(self._share.attachments))
-
-    def _own(self, attached: Attached) -> Attachment:
-        return Attachment(self._client._loop, self._service, attached, self._client)
-
-    def get_ticket(self, *, timeout: float | None = None) -> str:
-        """Return the secret with which another process becomes a holder: see Client.import_ticket()."""
-        return self._client._run(self._service.get_ticket(self._share, timeout))
-
-    def set_name(self, name: str, *, timeout: float | None = None) -> None:
-        """Rename the buffer: 1 to 31 bytes of 0x20 to 0x7e, shown in the kernel's listings too."""
-        self._client._run(self._service.set_name(self._share, check_text("name", name), timeout))
-
-    def refresh(self, *, timeout: float | None = None) -> None:
-        """Read the buffer's properties anew: `attachments` above all, for signals keep all others fresh while this
-        connection holds the buffer. `attachments` stays None if they change again and again meanwhile.
-        """
-        self._client._run(self._service.refresh(self._share, timeout))
-
-    def release(self, *, timeout: float | None = None) -> None:
-        """Give the share back and wait for the answer. The descriptor stays open until close().
-
-        After ServiceRestarted nothing is left to be done: the client gives the share back by itself if need be.
-        """
-        self._client._run(self._service.release(self._share, timeout))
 
 
 class Client:
@@ -181,8 +92,8 @@ class Client:
         self, spec: Mapping[str, object] | None = None, /, *, timeout: float | None = None, **keys: Unpack[SpecKeys]
     ) -> Buffer:
         """Create a buffer with memory. Keys in `spec`, as keywords, or both: see SpecKeys."""
-        share, fd = self._run(self._service.allocate(marshal_spec(spec, keys), timeout), self._drop)
-        return Buffer(self, self._service, share, fd)
+        share = self._run(self._service.allocate(marshal_spec(spec, keys), timeout), self._service.drop)
+        return Buffer(self, self._service, share)
 
     def allocate_many(
         self,
@@ -198,14 +109,14 @@ class Client:
             self._service.allocate_many(marshal_spec(spec, keys), check_count(count), timeout),
             self._drop_all,
         )
-        return [Buffer(self, self._service, share, fd) for share, fd in made]
+        return [Buffer(self, self._service, share) for share in made]
 
     def create(
         self, spec: Mapping[str, object] | None = None, /, *, timeout: float | None = None, **keys: Unpack[SpecKeys]
     ) -> Buffer:
         """Create a buffer without memory: Buffer.get_fd(), of any holder, allocates."""
         share = self._run(self._service.create(marshal_spec(spec, keys), timeout), self._service.give_back)
-        return Buffer(self, self._service, share, None)
+        return Buffer(self, self._service, share)
 
     def wrap(
         self,
@@ -233,27 +144,28 @@ class Client:
             # A call that was never begun has not consumed them. One that Ctrl-C interrupts may still use them.
             close_all(fds)
             raise
-        return Buffer(self, self._service, share, None)
+        return Buffer(self, self._service, share)
 
     def import_fd(self, fd: int | HasFileno, *, timeout: float | None = None) -> Buffer:
         """Become a holder of the buffer that `fd` is a descriptor of, however it was come by.
 
-        `fd` is borrowed; the Buffer has a duplicate of it. Raises NoSuchBuffer for one that is not of this service,
-        AccessDenied for one opened O_PATH or read-only, InvalidSpec for what is no buffer at all; OSError, ValueError.
+        `fd` is borrowed; the Buffer has a duplicate of it, or a descriptor of the memory that it has moved to since.
+        Raises NoSuchBuffer for one that is not of this service, AccessDenied for one opened O_PATH or read-only,
+        InvalidSpec for what is no buffer at all; OSError, ValueError.
         Not repeated when the service ends before it answers, for the share would be taken twice: ServiceRestarted.
         """
         own = borrowed(fd)
         try:
-            share, own = self._run(self._service.import_fd(own, timeout), self._drop)
+            share = self._run(self._service.import_fd(own, timeout), self._service.drop)
         except Exception:
             own.close()
             raise
-        return Buffer(self, self._service, share, own)
+        return Buffer(self, self._service, share)
 
     def import_ticket(self, ticket: str, *, timeout: float | None = None) -> Buffer:
         """Become a holder of another process's buffer, of which it gave the ticket (Buffer.get_ticket())."""
         share = self._run(self._service.import_ticket(check_text("ticket", ticket), timeout), self._service.give_back)
-        return Buffer(self, self._service, share, None)
+        return Buffer(self, self._service, share)
 
     def list_buffers(self, *, timeout: float | None = None) -> list[ListedBuffer]:
         """Return what the service says of the buffers of this user; root sees all."""
@@ -294,6 +206,13 @@ class Client:
         """
         return self._run(self._service.reports.recover(discard, interactive, timeout))
 
+    def drain(self, allocator: str, *, interactive: bool = False, timeout: float | None = None) -> None:
+        """Move every buffer whose memory is of `allocator` to others. For root, and whom polkit allows.
+
+        Raises Busy when some are held in place: what has moved stays moved; NoAllocator, AccessDenied.
+        """
+        self._run(self._service.reports.drain(check_text("allocator", allocator), interactive, timeout))
+
     def limits(self, *, timeout: float | None = None) -> Limits:
         """Return the limits that apply to this user."""
         return Limits.from_properties(self.properties(timeout=timeout))
@@ -332,11 +251,6 @@ class Client:
     def _run(self, coroutine: Coroutine[Any, Any, T], dispose: Callable[[T], None] | None = None) -> T:
         return self._loop.run(coroutine, dispose)
 
-    def _drop(self, unwanted: tuple[Share, OwnedFd]) -> None:
-        share, fd = unwanted
-        fd.close()
-        self._service.give_back(share)
-
-    def _drop_all(self, unwanted: Iterable[tuple[Share, OwnedFd]]) -> None:
-        for one in unwanted:
-            self._drop(one)
+    def _drop_all(self, unwanted: Iterable[Share]) -> None:
+        for share in unwanted:
+            self._service.drop(share)

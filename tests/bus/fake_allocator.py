@@ -8,8 +8,10 @@ daemon.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from udmabufd_base.codec import Variant
@@ -133,6 +135,10 @@ class FakeAllocator:
         send_detached(self.connection, destination, number, reason, path)
         self.changed(destination, {}, path, invalidated=["Attachments"])
 
+    def say(self, destination: str, member: str, number: int, *rest: int, path: str = PATH) -> None:
+        """Send a signal about an attachment's move: its number, the serial, and for the asking ones the time in ms."""
+        send_about_move(self.connection, destination, member, number, *rest, path=path)
+
     def _called(self, incoming: Incoming) -> None:
         header = incoming.header
         self.calls.append((header, incoming.body()))
@@ -179,6 +185,79 @@ def send_detached(connection: Connection, destination: str, number: int, reason:
             body=[number, reason],
         )
     )
+
+
+def send_about_move(
+    connection: Connection, destination: str, member: str, number: int, *rest: int, path: str = PATH
+) -> None:
+    """Send MoveNotify, EvictNotify, Moved or MoveCancelled, as anybody can."""
+    connection.send(
+        Message(
+            MessageType.SIGNAL,
+            flags=NO_REPLY_EXPECTED,
+            destination=destination,
+            path=path,
+            interface=BUFFER_INTERFACE,
+            member=member,
+            signature="utu" if member.endswith("Notify") else "ut",
+            body=[number, *rest],
+        )
+    )
+
+
+class Backing:
+    """The memory of the fake's one buffer, and its serial: what Allocate, Import and GetFd hand out."""
+
+    def __init__(self, serial: int = 1) -> None:
+        self.serial = serial
+        self.state = "backed"
+        self._fd = page()
+
+    def close(self) -> None:
+        """Free it, as far as nobody else has it."""
+        self._fd.close()
+
+    @property
+    def inode(self) -> int:
+        """The inode of the present memory."""
+        return os.fstat(self._fd.fileno()).st_ino
+
+    def give(self) -> OwnedFd:
+        """Return one descriptor more."""
+        return self._fd.dup()
+
+    def references(self) -> int:
+        """Count the descriptors and mappings of the present memory in this process, beside the service's own."""
+        inode = self.inode
+        count = -1
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                count += entry.stat().st_ino == inode
+        with open("/proc/self/maps") as maps:
+            return count + sum(f" {inode} " in line for line in maps)
+
+    def move(self) -> None:
+        """Have other memory with the same contents."""
+        old, self._fd = self._fd, page()
+        with old:
+            os.pwrite(self._fd.fileno(), os.pread(old.fileno(), PAGE, 0), 0)
+        self.serial += 1
+
+    def write(self, text: bytes) -> None:
+        """Write at the start of the present memory."""
+        os.pwrite(self._fd.fileno(), text, 0)
+
+    def read(self, size: int) -> bytes:
+        """Read from the start of the present memory."""
+        return os.pread(self._fd.fileno(), size, 0)
+
+    def info(self) -> dict[str, Variant]:
+        """What is told of it."""
+        return info(serial=Variant("t", self.serial), inode=Variant("t", self.inode))
+
+    def properties(self) -> dict[str, Variant]:
+        """The properties that change with it."""
+        return {"State": Variant("s", self.state), "Serial": Variant("t", self.serial)}
 
 
 def attachments(*rows: tuple[int, str, bool]) -> Variant:

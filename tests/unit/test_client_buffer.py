@@ -15,7 +15,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from types import FrameType
 from typing import Any, cast
@@ -42,6 +42,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.given_back: list[Share] = []
+        self.descriptors = self
+        self.bring_back: Callable[[Share], None] = lambda share: None
         self.without_fd: list[Share] = []
 
     def want_ticket_soon(self, share: Share) -> None:
@@ -214,7 +216,7 @@ def test_the_descriptor_cannot_be_closed_while_it_is_duplicated(
 
     def watched(fd: int, command: int, argument: int = 0) -> int:
         assert command == fcntl.F_DUPFD_CLOEXEC
-        locked.append(buffer._lock.locked())
+        locked.append(held_elsewhere(buffer))
         made.append(real(fd, command, argument))
         return made[-1]
 
@@ -224,6 +226,48 @@ def test_the_descriptor_cannot_be_closed_while_it_is_duplicated(
         # The bracket has a descriptor of its own.
         assert locked == [True] * (2 if first_byte is by_cpu_access else 1)
     assert not any(map(is_open, made))
+
+
+@pytest.mark.parametrize("first_byte", [by_map, by_cpu_access, by_array, by_buffer_protocol])
+def test_an_eviction_just_before_it_is_mapped_maps_what_comes_back(
+    service: Recorder, monkeypatch: pytest.MonkeyPatch, first_byte: Callable[[BufferBase], bytes]
+) -> None:
+    recorded_brackets(monkeypatch)
+    buffer = make(service, kind="dma-buf")
+    passing, evicted = buffer._memory.gate.passing, []
+
+    def late(label: str) -> AbstractContextManager[None]:
+        if not evicted:
+            evicted.append(label)
+            buffer._memory.send_away()
+        return passing(label)
+
+    def bring_back(share: Share) -> None:
+        fd = OwnedFd(os.memfd_create("again"))
+        os.ftruncate(fd.fileno(), SIZE)
+        os.pwrite(fd.fileno(), b"back", 0)
+        share.memory.take(fd, BufferInfo(size=SIZE, kind="dma-buf", serial=2))
+
+    monkeypatch.setattr(buffer._memory.gate, "passing", late)
+    service.bring_back = bring_back
+    assert first_byte(buffer) == b"b"
+    assert (evicted, buffer._memory.serial) == (["buffer 0123456789abcdef (front)"], 2)
+    buffer.close()
+
+
+def held_elsewhere(buffer: BufferBase) -> bool:
+    """Whether a thread beside this one would have to wait for the descriptor."""
+    taken: list[bool] = []
+
+    def take() -> None:
+        taken.append(buffer._memory.lock.acquire(blocking=False))
+        if taken[0]:
+            buffer._memory.lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return not taken[0]
 
 
 def test_closing_after_the_last_map_does_not_warn(service: Recorder, recwarn: pytest.WarningsRecorder) -> None:
@@ -316,7 +360,7 @@ def test_the_bracket_ends_though_the_buffer_was_closed_in_it(
 def test_two_buffers_of_one_memory_share_the_bracket(service: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = recorded_brackets(monkeypatch)
     with make(service, kind="dma-buf") as buffer, make(service, fd=False, kind="dma-buf") as other:
-        other._install(OwnedFd(buffer.dup()))
+        other._memory.take(OwnedFd(buffer.dup()), other.info)
         with buffer.cpu_access(read=False) as view:
             view[0] = 7
             with other.cpu_access(write=False) as theirs:

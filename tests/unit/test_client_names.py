@@ -238,7 +238,12 @@ def test_the_xml_is_read_as_it_is_written() -> None:
 
 
 def test_both_clients_have_the_same_verbs() -> None:
-    pairs = (aio.Client, sync.Client), (aio.Buffer, sync.Buffer), (aio.Attachment, sync.Attachment)
+    pairs: tuple[tuple[type, type], ...] = (
+        (aio.Client, sync.Client),
+        (aio.Buffer, sync.Buffer),
+        (aio.Attachment, sync.Attachment),
+    )
+    pairs += (aio.Move, sync.Move), (aio.MoveStream, sync.MoveStream)
     for one, other in pairs:
         verbs = {name for name in dir(one) if not name.startswith("_")}
         assert verbs == {name for name in dir(other) if not name.startswith("_")}
@@ -362,6 +367,14 @@ def test_a_share_believes_signals_that_came_with_the_reply() -> None:
     assert (share.state, share.info.name, share.info.serial) == (contract.State.BACKED, "second", 1)
     share.told_properties({"State": "as yet unthought of"})
     assert share.state == "as yet unthought of"
+
+
+def test_other_memory_has_another_inode() -> None:
+    share = Share(contract.buffer_path("0" * 16), BufferInfo(size=4096, serial=1, inode=77))
+    share.told_properties({"Serial": 1, "State": "moving"})
+    assert share.info.inode == 77
+    share.told_properties({"Serial": 2, "State": "backed"})
+    assert (share.info.serial, share.info.inode) == (2, None)
 
 
 def loaded_by(statement: str) -> set[str]:

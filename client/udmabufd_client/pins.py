@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""Pins of attachments: each call counts once, also when its answer was lost.
+
+Pins end with their attachment; when that had to be attached anew, keeper.py has them set again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+from udmabufd_client.attachment import Attached
+from udmabufd_client.attachments import Attachments, Rows
+from udmabufd_client.contract import BUFFER_INTERFACE
+from udmabufd_client.errors import CallTimedOut, InvalidSpec, NoSuchBuffer, ServiceRestarted
+from udmabufd_client.session import DEFAULT_TIMEOUT, Session
+from udmabufd_client.share import Share
+
+Left = Callable[[], float]
+"""Tells how many seconds are left."""
+
+
+class Pins:
+    """The pins of one session. Belongs to the loop; all raise UdmabufError."""
+
+    def __init__(self, session: Session, attachments: Attachments) -> None:
+        self._session = session
+        self._attachments = attachments
+        self._locks: WeakKeyDictionary[Attached, asyncio.Lock] = WeakKeyDictionary()
+
+    async def pin(self, attached: Attached, left: Left) -> None:
+        """Pin: hold the buffer in place once more. Waits while it is being moved. InvalidSpec when it has ended."""
+        await self._change(attached, "Pin", 1, left)
+
+    async def unpin(self, attached: Attached, left: Left) -> None:
+        """Unpin: take back one pin. Nothing when the attachment has ended: its pins have with it."""
+        if not attached.reason and not attached.share.released:
+            try:
+                await self._change(attached, "Unpin", -1, left)
+            except (InvalidSpec, NoSuchBuffer):
+                if not attached.reason and not attached.share.released:
+                    raise
+
+    async def restore(self, attached: Attached) -> None:
+        """Pin as often as before what had to be attached anew, on a share that is not known to be held yet."""
+        share, left = attached.share, self._session.home.countdown(DEFAULT_TIMEOUT)
+        present = attached.pins and self._present(attached, await self._attachments.read(share, share.path, left()))
+        for before in range(present, attached.pins):
+            while not await self._attempt(attached, share.path, "Pin", before + 1, left):
+                pass
+
+    async def _change(self, attached: Attached, member: str, by: int, left: Left) -> None:
+        # One at a time: whether an unanswered one has taken effect shows in the number of pins.
+        lock = self._locks.setdefault(attached, asyncio.Lock())
+        limit = left()
+        try:
+            async with asyncio.timeout(limit):
+                await lock.acquire()
+        except TimeoutError:
+            raise CallTimedOut(f"{member}: the pins before this one took longer than {limit:g} s.") from None
+        try:
+            while not await self._attempt(attached, attached.share, member, attached.pins + by, left):
+                pass
+            attached.pins += by
+        finally:
+            lock.release()
+
+    async def _attempt(self, attached: Attached, target: Share | str, member: str, expected: int, left: Left) -> bool:
+        """Make the call once, after which there are so many pins; False if it had no effect for want of a service."""
+
+        def body() -> list[int]:
+            if attached.reason or attached.share.released or not attached.number:
+                raise InvalidSpec(f"attachment: that of {attached.device} has ended: {attached.reason or 'released'}.")
+            return [attached.number]
+
+        try:
+            await self._session.ask(target, BUFFER_INTERFACE, member, body, left(), again=False)
+        except ServiceRestarted:
+            if not left():
+                raise
+            rows = await self._attachments.read(attached.share, target, left())
+            return self._present(attached, rows) == expected
+        return True
+
+    def _present(self, attached: Attached, rows: Rows) -> int:
+        """Return how often the service says that it is pinned."""
+        return sum(row.pins for row in rows or () if row.own and row.number == attached.number)
