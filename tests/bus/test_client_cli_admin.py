@@ -101,11 +101,11 @@ async def test_top_shows_users_and_applications_the_largest_first(ctl: Ctl) -> N
     assert "\x1b" not in out
     lines = [line.split() for line in out.splitlines()]
     assert lines == [
-        ["USER", "APPLICATION", "BUFFERS", "BYTES", "LINGERING", "REFUSALS"],
-        ["4000000000", "a\ufffd[2J", "3", "9", "MiB", "1", "B", "1"],
-        ["root", "encoder.service", "2", "8", "MiB", "0", "B", "0"],
-        ["root", "-", "1", "4", "KiB", "4", "KiB", "7"],
-        ["total", "(3)", "-", "6", "17.0", "MiB", "4.0", "KiB", "8"],
+        ["USER", "APPLICATION", "BUFFERS", "BYTES", "LINGERING", "EVICTED", "REFUSALS"],
+        ["4000000000", "a\ufffd[2J", "3", "9", "MiB", "1", "B", "-", "1"],
+        ["root", "encoder.service", "2", "8", "MiB", "0", "B", "-", "0"],
+        ["root", "-", "1", "4", "KiB", "4", "KiB", "-", "7"],
+        ["total", "(3)", "-", "6", "17.0", "MiB", "4.0", "KiB", "-", "8"],
         [],
     ]
 
@@ -239,10 +239,10 @@ async def test_list_all_shows_references_and_the_sums_of_each_user(ctl: Ctl) -> 
     assert buffers[0].split()[-3:] == ["HOLDERS", "REFERENCES", "CHARGED"]
     assert [line.split()[-2] for line in buffers[1:]] == ["1", "2"]
     assert [line.split() for line in users] == [
-        ["USER", "BUFFERS", "BYTES", "LINGERING", "REFERENCES", "REFUSALS"],
-        ["4000000000", "3", "9", "MiB", "1", "B", "-", "1"],
-        ["root", "3", "8.0", "MiB", "4", "KiB", "-", "7"],
-        ["total", "6", "17.0", "MiB", "4.0", "KiB", "3", "8"],
+        ["USER", "BUFFERS", "BYTES", "LINGERING", "EVICTED", "REFERENCES", "REFUSALS"],
+        ["4000000000", "3", "9", "MiB", "1", "B", "-", "-", "1"],
+        ["root", "3", "8.0", "MiB", "4", "KiB", "-", "-", "7"],
+        ["total", "6", "17.0", "MiB", "4.0", "KiB", "0", "B", "3", "8"],
     ]
     document = json.loads((await ctl("list", "--all", "--json"))[1])
     assert document["total"] == {
@@ -251,6 +251,7 @@ async def test_list_all_shows_references_and_the_sums_of_each_user(ctl: Ctl) -> 
         "lingering": 4097,
         "refusals": 8,
         "references": 3,
+        "evicted": 0,
     }
     assert [user["user"] for user in document["users"]] == ["4000000000", "root"]
     assert [buffer["references"] for buffer in document["buffers"]] == [1, 2]

@@ -7,6 +7,7 @@ import asyncio
 import mmap
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -387,7 +388,9 @@ asyncio.run(main())
         timeout=60,
         env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
     )
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    # That a slow machine is slow is not what is asked.
+    said = [line for line in run.stderr.splitlines() if not re.fullmatch("Executing <.*> took [0-9.]+ seconds", line)]
+    assert (run.returncode, run.stdout, said) == (0, "", [])
 
 
 async def test_a_buffer_is_shared_by_its_descriptor(client: aio.Client, friend: aio.Client, kind: str) -> None:

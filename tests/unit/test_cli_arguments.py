@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from udmabufd_client import cli
 from udmabufd_client.cli import explain, main, make_parser
-from udmabufd_client.cli.buffer_id import parse_buffer
+from udmabufd_client.cli.buffer_id import Named, parse_buffer, parse_named
 from udmabufd_client.cli.constraint import parse_constraint, parse_size
 from udmabufd_client.contract import BUFFER_PATH_PREFIX, SPEC_KEYS
 from udmabufd_client.spec import marshal_spec
@@ -24,10 +25,13 @@ VERBS = [
     "top",
     "info",
     "verify",
+    "move",
+    "evict",
     "release",
     "devices",
     "allocators",
     "limits",
+    "drain",
     "recover",
 ]
 
@@ -73,7 +77,30 @@ def test_general_options_stand_on_either_side_of_the_verb() -> None:
         arguments = parser.parse_args(words)
         assert (arguments.json, arguments.bus, arguments.timeout) == (True, "session", 3.0)
     plain = parser.parse_args(["list"])
-    assert (plain.json, plain.bus, plain.timeout) == (False, "system", 25.0)
+    assert (plain.json, plain.bus, plain.timeout) == (False, "system", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        (["list"], 25.0),
+        (["move", "0" * 16], 120.0),
+        (["evict", "0" * 16], 120.0),
+        (["drain", "udmabuf"], 3600.0),
+        (["drain", "udmabuf", "--timeout", "25"], 25.0),
+        (["--timeout", "25", "drain", "udmabuf"], 25.0),
+    ],
+)
+def test_a_verb_that_takes_long_has_patience_unless_told_otherwise(
+    words: list[str], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    verb = next(word for word in words if word in VERBS)
+    module = {each.VERB: each for each in cli._VERBS}[verb]
+    monkeypatch.setattr(module, "run", lambda arguments: found.append(arguments.timeout) or 0)
+    assert main(words) == 0
+    assert found == [seconds]
+    assert f"(default: {getattr(module, 'TIMEOUT', 25):g}, at most" in verbs_of(make_parser())[verb].format_help()
 
 
 @pytest.mark.parametrize(
@@ -93,6 +120,13 @@ def test_general_options_stand_on_either_side_of_the_verb() -> None:
         (["alloc", "--hold", "--", "true"], "without a COMMAND"),
         (["alloc", "--size", "4K", "true"], 'put "--" before COMMAND'),
         (["alloc", "--size", "4K", "--"], "COMMAND is missing"),
+        (["alloc", "--size", "4K", "--dynamic", "--device", "mem:null"], "add --hold or --background"),
+        (["alloc", "--size", "4K", "--dynamic", "--hold"], "add --device"),
+        (["alloc", "--size", "4K", "--dynamic", "--device", "mem:null", "--", "true"], "without a COMMAND"),
+        (["move"], "BUFFER"),
+        (["move", "1920x1080"], "invalid buffer id, path or ticket"),
+        (["evict", "0" * 31], "invalid buffer id, path or ticket"),
+        (["drain"], "ALLOCATOR"),
         (["list", "--", "true"], "only alloc"),
         (["info"], "BUFFER"),
         (["info", "xyz"], "invalid buffer id or path"),
@@ -169,6 +203,8 @@ def test_a_buffer_is_named_by_id_or_path() -> None:
     assert (
         parse_buffer("0123456789ABCDEF") == parse_buffer(BUFFER_PATH_PREFIX + "0123456789abcdef") == "0123456789abcdef"
     )
+    assert parse_named(BUFFER_PATH_PREFIX + "0123456789ABCDEF") == Named(id="0123456789abcdef")
+    assert parse_named("0123456789ABCDEF" * 2) == Named(ticket="0123456789abcdef" * 2)
 
 
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)])

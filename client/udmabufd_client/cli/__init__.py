@@ -18,10 +18,13 @@ from udmabufd_client.cli import (
     alloc,
     allocators,
     devices,
+    drain,
+    evict,
     explain,
     info,
     limits,
     list_buffers,
+    move,
     recover,
     release,
     top,
@@ -42,13 +45,21 @@ _VERBS: Final = (
     top,
     info,
     verify,
+    move,
+    evict,
     release,
     devices,
     allocators,
     limits,
+    drain,
     recover,
 )
-"""In the order of --help: what one asks for, what there is, what the machine has."""
+"""In the order of --help: what one asks for, what there is, what the machine has. A verb that takes long has a TIMEOUT
+of its own.
+"""
+
+_TIMEOUT: Final = 25.0
+"""Seconds, as with other clients of D-Bus."""
 
 _LONGEST_TIMEOUT: Final = 86_400
 """Seconds, a day. Sockets and event loops fail on what does not fit into the kernel's clocks."""
@@ -69,6 +80,8 @@ examples:
       keep a buffer; 'udmabufctl release ID' ends it
   udmabufctl explain --device /dev/video0 --format NV12 1920x1080
       where memory that suits a device would come from
+  udmabufctl move ID --allocator udmabuf-2M
+      give a buffer that 'alloc --dynamic' keeps other memory, in use
   udmabufctl list --json
       all buffers of this user, exact figures
   sudo udmabufctl top
@@ -107,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=_HelpFormatter,
     )
-    _add_global_options(parser, top=True)
+    _add_global_options(parser, top=True, patience=_TIMEOUT)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
     for module in _VERBS:
         verb = verbs.add_parser(
@@ -118,8 +131,9 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=_HelpFormatter,
         )
         module.add_arguments(verb)
-        _add_global_options(verb, top=False)
-        verb.set_defaults(run=module.run, parser=verb)
+        patience: float = getattr(module, "TIMEOUT", _TIMEOUT)
+        _add_global_options(verb, top=False, patience=patience)
+        verb.set_defaults(run=module.run, parser=verb, patience=patience)
     return parser
 
 
@@ -142,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if command == []:
                 arguments.parser.error('a COMMAND is missing after "--"')
         arguments.command = command
+        if arguments.timeout is None:
+            arguments.timeout = arguments.patience
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
@@ -159,12 +175,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILURE
 
 
-def _add_global_options(parser: argparse.ArgumentParser, *, top: bool) -> None:
-    """Add the options that stand before or after the verb; a verb's default must not undo what stood before it."""
+def _add_global_options(parser: argparse.ArgumentParser, *, top: bool, patience: float) -> None:
+    """Add the options that stand before or after the verb; a verb's default must not undo what stood before it.
+
+    `patience` is the time-out, in seconds, without one that is given.
+    """
 
     def default(value: object) -> object:
         return value if top else argparse.SUPPRESS
 
+    others = ", of some verbs more" if top else ""
     group = parser.add_argument_group("general options")
     group.add_argument(
         "--bus",
@@ -176,8 +196,8 @@ def _add_global_options(parser: argparse.ArgumentParser, *, top: bool) -> None:
         "--timeout",
         metavar="SECONDS",
         type=_seconds,
-        default=default(25.0),
-        help=f"how long each call may take (default: 25, at most {_LONGEST_TIMEOUT})",
+        default=default(None),
+        help=f"how long each call may take (default: {patience:g}{others}, at most {_LONGEST_TIMEOUT})",
     )
     group.add_argument(
         "--json",

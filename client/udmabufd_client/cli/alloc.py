@@ -28,6 +28,14 @@ running a command:
   obtained is then shown on standard error, so that standard output is
   COMMAND's alone.
 
+buffers that can move:
+  With --dynamic the holder lets the service give the buffer other memory,
+  and goes on with that: when a device comes later that the memory does not
+  suit, by 'udmabufctl move', or because memory is short ('udmabufctl
+  evict'). It needs a device, and goes without a COMMAND: a program that has
+  inherited a descriptor would not learn of the move, and what it wrote
+  afterwards would be lost.
+
 examples:
   udmabufctl alloc --width 640 --height 480 --format NV12
   udmabufctl alloc --size 8M --device /dev/video0 --device /dev/dri/card0
@@ -35,12 +43,20 @@ examples:
   udmabufctl alloc --size 1M -- sh -c 'ls -l /proc/self/fd/$UDMABUF_FD'
   udmabufctl alloc --size 1M --kind memfd -- ./program --fd {}
   udmabufctl alloc --size 1M --background --json
+  udmabufctl alloc --size 8M --device drm:card0 --dynamic --hold
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options: the keys of `spec`, and what becomes of the buffer."""
-    add_wanted(parser.add_argument_group("what is wanted"))
+    wanted = parser.add_argument_group("what is wanted")
+    add_wanted(wanted)
+    wanted.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="attach each --device dynamically, so that the buffer can move while it is held; with --hold or "
+        "--background",
+    )
     end = parser.add_argument_group("when it ends").add_mutually_exclusive_group()
     end.add_argument(
         "--hold", action="store_true", help="hold the buffer until Ctrl-C, SIGTERM or 'udmabufctl release ID'"
@@ -58,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Allocate as the arguments say; return the exit status."""
     spec = spec_of(arguments)
+    if arguments.dynamic:
+        _check_dynamic(arguments)
     if arguments.hold or arguments.background:
         from udmabufd_client.cli import hold
 
@@ -79,6 +97,16 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print("The buffer ended with this command; keep one with -- COMMAND, --hold or --background.", file=sys.stderr)
     return 0
+
+
+def _check_dynamic(arguments: argparse.Namespace) -> None:
+    """End if nobody would be there to let go of the memory."""
+    if arguments.command is not None:
+        arguments.parser.error("--dynamic goes without a COMMAND, which nobody could tell that the buffer moves")
+    if not arguments.devices:
+        arguments.parser.error("--dynamic is about devices: add --device")
+    if not (arguments.hold or arguments.background):
+        arguments.parser.error("--dynamic is for a buffer that is held: add --hold or --background")
 
 
 def report(arguments: argparse.Namespace, shown: dict[str, Any], stream: TextIO) -> None:

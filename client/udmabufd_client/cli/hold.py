@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from udmabufd_client.aio import Attachment, Buffer, Client
+from udmabufd_client.aio import Attachment, Buffer, Client, Move
 from udmabufd_client.cli.alloc import report
 from udmabufd_client.cli.show import described
 from udmabufd_client.cli.signals import heeded
@@ -35,6 +35,7 @@ from udmabufd_client.errors import (
     ServiceUnavailable,
     UdmabufError,
 )
+from udmabufd_client.notice import EVICTED, MOVED
 
 _REQUEST: Final = b"release\n"
 _RELEASED: Final = b"released\n"
@@ -204,12 +205,24 @@ async def _hold(
             f"udmabufctl: {attachment.device} is detached: {printable(attachment.reason)}", file=sys.stderr, flush=True
         )
 
+    async def follow(move: Move) -> None:
+        """Let go of the memory, which nobody uses here, and tell what became of it."""
+        await move.ready()
+        outcome = await move.done()
+        if outcome == MOVED:
+            # Which memory it is can be told after that it is another.
+            with suppress(UdmabufError):
+                await held[0].refresh()
+        print(f"udmabufctl: {printable(_moved(held[0], outcome))}", file=sys.stderr, flush=True)
+
     loop = asyncio.get_running_loop()
     for number in heeded():
         loop.add_signal_handler(number, end.set)
     async with Client.connect(arguments.bus, timeout=arguments.timeout, on_reconnect=look, on_detached=say) as client:
-        with await client.allocate(spec) as buffer:
+        with await _obtain(client, spec, dynamic=arguments.dynamic) as buffer:
             held.append(buffer)
+            if arguments.dynamic:
+                buffer.on_move = follow
             server = await asyncio.start_unix_server(
                 lambda reader, writer: _serve(reader, writer, buffer, end), _socket_name(buffer.id), limit=_LONGEST
             )
@@ -222,6 +235,35 @@ async def _hold(
                     )
             finally:
                 server.close()
+
+
+async def _obtain(client: Client, spec: Mapping[str, object], *, dynamic: bool) -> Buffer:
+    """Return a new buffer with memory; `dynamic` if its holder can be told that it moves.
+
+    A descriptor that is not for a dynamic attachment would hold it in place, and the devices of a spec are static.
+    """
+    if not dynamic:
+        return await client.allocate(spec)
+    wanted = dict(spec)
+    devices: list[str] = wanted.pop("devices")  # type: ignore[assignment]
+    buffer = await client.create(wanted)
+    try:
+        attached = [await buffer.attach(device, dynamic=True) for device in devices]
+        await buffer.get_fd(attachment=attached[0])
+        await buffer.refresh()
+    except BaseException:
+        buffer.close()
+        raise
+    return buffer
+
+
+def _moved(buffer: Buffer, outcome: str) -> str:
+    """Return what became of a move as a sentence, for whoever looks at this terminal."""
+    if outcome == MOVED:
+        return f"Buffer {buffer.id} has moved to {buffer.info.allocator}, serial {buffer.info.serial}."
+    if outcome == EVICTED:
+        return f"Buffer {buffer.id} is evicted: its memory can be swapped out until its next use."
+    return f"Buffer {buffer.id} stays where it is: its move was cancelled."
 
 
 async def _serve(

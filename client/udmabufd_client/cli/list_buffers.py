@@ -12,6 +12,7 @@ from udmabufd_client.cli.show import as_json, picture
 from udmabufd_client.cli.text import Column, human_size, table, width_of, write
 from udmabufd_client.cli.top import totals
 from udmabufd_client.cli.user import administrator, can_ask, user_name
+from udmabufd_client.contract import State
 
 if TYPE_CHECKING:
     from udmabufd_client.info import Usage
@@ -21,15 +22,17 @@ SUMMARY = "list the buffers of this user; root sees all"
 DESCRIPTION = (
     "List the buffers of this user, whichever program holds them; root sees those of all users. HOLDERS counts the "
     "connections that hold shares of a buffer; one that is 'lingering' has none, but the kernel has not freed its "
-    "memory yet. A narrow terminal shows fewer columns: 'udmabufctl info ID' shows all. With --all there is more of "
-    "each buffer, CHARGED bytes and REFERENCES (descriptors, mappings and imports of others, as the kernel counts "
-    "them), and beneath it the sums for each user."
+    "memory yet, one that is 'moving' about to get other memory, and of one that is 'evicted' the memory can be "
+    "swapped out until somebody uses it. A narrow terminal shows fewer columns: 'udmabufctl info ID' shows all. With "
+    "--all there is more of each buffer, CHARGED bytes and REFERENCES (descriptors, mappings and imports of others, "
+    "as the kernel counts them), and beneath it the sums for each user; EVICTED bytes are not among BYTES."
 )
 EPILOG = """\
 with --all:
   For root, and for those whom polkit allows org.udmabufd.admin. Whose a
-  reference is the kernel does not tell: that sum is of all users. With --json
-  the answer is {"buffers": [...], "users": [...], "total": {...}}.
+  reference is the kernel does not tell: that sum, and that of what is
+  evicted, is of all buffers above. With --json the answer is {"buffers":
+  [...], "users": [...], "total": {...}}.
 
 examples:
   udmabufctl list
@@ -56,6 +59,7 @@ _USER_COLUMNS = (
     Column("BUFFERS", 4, right=True),
     Column("BYTES", 0, right=True),
     Column("LINGERING", 3, right=True),
+    Column("EVICTED", 3, right=True),
     Column("REFERENCES", 1, right=True),
     Column("REFUSALS", 2, right=True),
 )
@@ -81,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     total: dict[str, Any] = dict(totals(users))
     if counted := [shown["references"] for shown in buffers if "references" in shown]:
         total["references"] = sum(counted)
+    total["evicted"] = sum(shown.get("charged", 0) for shown in buffers if shown.get("state") == State.EVICTED)
     if arguments.json:
         print(as_json({"buffers": buffers, "users": users, "total": total} if arguments.all else buffers))
         return 0
@@ -124,6 +129,7 @@ def _sums(name: str, sums: dict[str, Any]) -> tuple[str, ...]:
         str(sums["buffers"]),
         human_size(sums["bytes"]),
         human_size(sums["lingering"]),
+        human_size(sums.get("evicted")),
         str(sums.get("references", "-")),
         str(sums["refusals"]),
     )

@@ -5,15 +5,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from udmabufd_client.cli.constraint import constraints_text
 from udmabufd_client.cli.text import human_size, pairs, width_of, write
+from udmabufd_client.contract import State
 
 if TYPE_CHECKING:
     from udmabufd_client.buffer import BufferBase
 
 _SIZES = ("size", "size_requested", "charged")
+
+_STATES: Final[dict[str, str]] = {
+    State.MOVING: " (it is about to get other memory; calls that need it wait)",
+    State.EVICTED: " (its memory can be swapped out; the next use brings it back)",
+}
+"""Remarks on states that are not the usual ones."""
 
 
 def as_json(value: Any) -> str:
@@ -37,7 +44,7 @@ def show(shown: Mapping[str, Any], *, json_wanted: bool, stream: TextIO) -> None
         print(as_json(shown), file=stream)
         return
     lines = [(key, _value(key, value)) for key, value in shown.items()]
-    write(pairs([(key, text + _deviation(key, shown)) for key, text in lines], width_of(stream)), stream)
+    write(pairs([(key, text + _remark(key, shown)) for key, text in lines], width_of(stream)), stream)
 
 
 def picture(shown: Mapping[str, Any]) -> str:
@@ -63,8 +70,12 @@ def _value(key: str, value: Any) -> str:
     return str(value)
 
 
-def _deviation(key: str, shown: Mapping[str, Any]) -> str:
-    """Return the remark that memory is mapped otherwise than asked for, behind what it is."""
+def _remark(key: str, shown: Mapping[str, Any]) -> str:
+    """Return what is to be said behind a value: what a state means, that memory is mapped otherwise than asked for."""
+    if key == "state":
+        return _STATES.get(shown["state"], "")
+    if key == "charged" and shown.get("state") == State.EVICTED:
+        return ", apart from what is in memory"
     if key != "cache_effective" or shown["cache_effective"] == shown.get("cache_requested", shown["cache_effective"]):
         return ""
     return f" (not {shown['cache_requested']} as requested)"

@@ -22,8 +22,9 @@ SUMMARY = "watch who holds how much, by user and application"
 DESCRIPTION = (
     "Show what each user and application holds, the largest first, again and again until q, Ctrl-C or SIGTERM. BYTES "
     "are those that are charged; LINGERING is the part of them that nobody holds any more and the kernel has not "
-    "freed yet, because a descriptor, a mapping or a device still uses it. REFUSALS counts calls that were refused "
-    f"for a limit or for want of memory since the service started. {WHO}"
+    "freed yet, because a descriptor, a mapping or a device still uses it. EVICTED bytes are counted apart from them, "
+    "and of all users together: they can be swapped out. REFUSALS counts calls that were refused for a limit or for "
+    f"want of memory since the service started. {WHO}"
 )
 EPILOG = """\
 keys, on a terminal:
@@ -33,8 +34,8 @@ output:
   On a terminal one screen is redrawn, as many rows as fit; elsewhere each
   refresh is a table of its own with an empty line after it. With --json each
   refresh is one line with one document: {"time": seconds since 1970, "usage":
-  [rows as in org.udmabufd.Allocator1(5), and "user"]}. A service that is
-  restarted meanwhile is waited for.
+  [rows as in org.udmabufd.Allocator1(5), and "user"], "evicted": bytes}. A
+  service that is restarted meanwhile is waited for.
 
 examples:
   udmabufctl top
@@ -51,6 +52,7 @@ _COLUMNS: Final = (
     Column("BUFFERS", 4, right=True),
     Column("BYTES", 0, right=True),
     Column("LINGERING", 7, right=True),
+    Column("EVICTED", 3, right=True),
     Column("REFUSALS", 6, right=True),
 )
 
@@ -88,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
                 try:
                     with administrator("top"):
                         rows = client.usage(interactive=can_ask())
+                    evicted = client.properties().get("EvictedBytes")
                 except (CallTimedOut, ServiceUnavailable) as error:
                     # From the first time on it is there; later it may be restarted.
                     if not done:
@@ -95,11 +98,14 @@ def run(arguments: argparse.Namespace) -> int:
                     screen.note(str(error))
                 else:
                     if arguments.json:
-                        screen.line(
-                            json.dumps({"time": round(time.time(), 3), "usage": as_shown(rows, arguments.sort)})
-                        )
+                        document = {
+                            "time": round(time.time(), 3),
+                            "usage": as_shown(rows, arguments.sort),
+                            "evicted": evicted,
+                        }
+                        screen.line(json.dumps(document))
                     else:
-                        screen.show(lines(as_shown(rows, arguments.sort), screen.width))
+                        screen.show(lines(as_shown(rows, arguments.sort), evicted, screen.width))
                     done += 1
                 if done == arguments.iterations:
                     break
@@ -118,10 +124,10 @@ def as_shown(rows: Sequence[Usage], sort: str) -> list[dict[str, Any]]:
     return named
 
 
-def lines(rows: Sequence[dict[str, Any]], width: int | None) -> list[str]:
-    """Return a table of the rows under a heading, and their sums beneath."""
+def lines(rows: Sequence[dict[str, Any]], evicted: int | None, width: int | None) -> list[str]:
+    """Return a table of the rows under a heading, and their sums beneath, with what is `evicted` of all."""
     cells = [_cells(row) for row in rows]
-    cells.append(_cells({"user": f"total ({len(rows)})", "application": "", **totals(rows)}))
+    cells.append(_cells({"user": f"total ({len(rows)})", "application": "", **totals(rows), "evicted": evicted}))
     return table(_COLUMNS, cells, width)
 
 
@@ -137,6 +143,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         str(row["buffers"]),
         human_size(row["bytes"]),
         human_size(row["lingering"]),
+        human_size(row.get("evicted")),
         str(row["refusals"]),
     )
 
