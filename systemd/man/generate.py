@@ -3,8 +3,8 @@
 """Makes the manual pages and the commented udmabufd.toml from what the programs themselves are made of.
 
 Each page is a file NAME.SECTION.md beside this one: hand-written prose, in which a line like `@options@` stands for
-what is generated: from the argument parsers, the table of configuration keys, the interface XML and the contract. What
-the markup of the prose means is left to `roff`.
+what is generated: from the argument parsers, the tables of configuration keys and of states, the interface XML and the
+contract. What the markup of the prose means is left to `roff`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def parts() -> dict[str, Callable[[], list[str]]]:
     """Return what each `@name@` of the prose stands for, as a function that makes its lines of roff."""
     # Late: these modules are found by --path.
     from udmabufd import __main__ as daemon
+    from udmabufd.core import states
     from udmabufd_client import cli, contract
 
     def xml(interface: str) -> Callable[[], list[str]]:
@@ -52,9 +53,11 @@ def parts() -> dict[str, Callable[[], list[str]]]:
         "buffer": xml(contract.BUFFER_INTERFACE),
         "admin": xml(contract.ADMIN_INTERFACE),
         "log-control": xml(contract.LOG_CONTROL_INTERFACE),
+        "states": lambda: kept(states.drawing()),
         "spec-keys": lambda: sources.keys(contract.SPEC_KEYS),
         "wrap-keys": lambda: sources.keys(contract.WRAP_KEYS),
         "get-fd-keys": lambda: sources.keys(contract.GET_FD_KEYS),
+        "move-keys": lambda: sources.keys(contract.MOVE_KEYS),
         "constraint-keys": lambda: sources.keys(contract.CONSTRAINT_KEYS),
         "attach-keys": lambda: sources.keys(contract.ATTACH_KEYS),
         "attachment-keys": lambda: sources.keys(contract.ATTACHMENT_KEYS),
@@ -72,6 +75,12 @@ def parts() -> dict[str, Callable[[], list[str]]]:
         "journal-fields": sources.journal_fields,
         "errors": lambda: sources.errors(contract.ERROR_PREFIX, contract.ERROR_MEANINGS),
     }
+
+
+def kept(text: str) -> list[str]:
+    """Return lines of roff that show `text` as it is, each character as wide as the others."""
+    # groff's .EE turns hyphenation on again, which the pages begin without.
+    return [".PP", ".EX", *(f"\\&{roff.escape(line)}" for line in text.splitlines()), ".EE", ".nh"]
 
 
 def page(path: Path, version: str, known: dict[str, Callable[[], list[str]]]) -> str:
