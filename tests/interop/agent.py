@@ -54,10 +54,10 @@ class Agent:
         fd = self._buffers[number].get_fd()
         return {"inode": os.fstat(fd).st_ino, "size": os.lseek(fd, 0, os.SEEK_END)}
 
-    def attach(self, number: int, device: str, constraints: dict[str, Any]) -> dict[str, Any]:
+    def attach(self, number: int, device: str, constraints: dict[str, Any], dynamic: bool = False) -> dict[str, Any]:
         """Attach a device to a buffer; tell the merged constraints, and how many seconds the answer took."""
         began = time.monotonic()
-        attachment = self._buffers[number].attach(device, constraints)
+        attachment = self._buffers[number].attach(device, constraints, dynamic)
         seconds = time.monotonic() - began
         return {"number": attachment.number, "constraints": dict(attachment.constraints), "seconds": seconds}
 

@@ -171,7 +171,7 @@ def test_only_root_where_pages_are_not_zeroed(allocator: UdmabufAllocator) -> No
 
 def udmabuf_device(allocator: UdmabufAllocator) -> int:
     assert allocator._device is not None
-    return allocator._device.fileno()
+    return allocator._device.fd.fileno()
 
 
 def test_users_may_where_pages_are_zeroed(allocator: UdmabufAllocator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,8 @@ def files() -> tuple[Path, ...]:
     found = []
     for folder, folders, names in os.walk(TOP):
         folders[:] = sorted(name for name in folders if name not in IGNORED and not name.endswith(".egg-info"))
-        found += [Path(folder) / name for name in sorted(names)]
+        # Of a linked work tree `.git` is a file.
+        found += [Path(folder) / name for name in sorted(names) if name not in IGNORED]
     return tuple(found)
 
 
