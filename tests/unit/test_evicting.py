@@ -19,6 +19,7 @@ from tests.unit.machine import path_of
 from tests.unit.moved import FAR, LARGE, STEP, Clients, as_it_is, begun, charges, lingering, two
 from tests.unit.scenes import ALICE, BOB, EVE, SIZE, World
 from tests.unit.time_loop import at_rest
+from udmabufd.bus.info import info
 from udmabufd.core.errors import (
     AllocatorError,
     Busy,
@@ -85,6 +86,7 @@ class TestOutAndBack:
             inode = buffer.memory.inode
             await clients.evict()
             assert (buffer.state, buffer.serial) == (State.EVICTED, 1)
+            assert "inode" not in info(buffer)
             assert [clients.told(client) for client in (ALICE, BOB)] == [[(EVICT, 2)]] * 2
             assert told[0] == (buffer.id, ("State",))
             assert set(told[-1][1]) >= {"State"}
@@ -96,6 +98,7 @@ class TestOutAndBack:
             await clients.evict(BOB)
             await world.again()
             assert (clients.buffer.state, evicted(world), charges(world)) == (State.EVICTED, {ALICE: SIZE}, {})
+            assert "inode" not in info(clients.buffer)
             assert len(world.stored) == 1
             told = world.told()
             fd = await clients.get(BOB, 2)

@@ -57,7 +57,8 @@ def _plain(buffer: Buffer) -> dict[str, Any]:
             "cache_evidence": _value(memory.evidence),
             "needs_sync": memory.needs_sync,
             "serial": buffer.serial,
-            "inode": memory.inode,
+            # Nobody has a descriptor, and the next one will be another.
+            "inode": None if buffer.evicted else memory.inode,
         }
     return values
 
