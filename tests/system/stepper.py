@@ -159,7 +159,7 @@ def set_trap(trap: Trap) -> None:
 
 def use_pipes(trap: Trap) -> None:
     """Let pipes stand in for dma-bufs: they are no memfds, have inodes of their own, and can be passed on."""
-    from udmabufd.core import memory, udmabuf_allocator
+    from udmabufd.core import memory, udmabuf_allocator, udmabuf_device
     from udmabufd.linux import dmabuf, fdstat, memfd
     from udmabufd_base.fd import OwnedFd
     from udmabufd_client.contract import UDMABUF, Cache, CacheEvidence
@@ -167,7 +167,7 @@ def use_pipes(trap: Trap) -> None:
     def probe(self: Any) -> bool:
         if self._device is None:
             stand_in = OwnedFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-            self._device = udmabuf_allocator.Device(stand_in, "", frozenset())
+            self._device = udmabuf_device.Device(stand_in, "", frozenset())
         return True
 
     def allocate(_self: Any, request: Any, name: str, _populate: Any) -> memory.Memory:

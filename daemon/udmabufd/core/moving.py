@@ -27,9 +27,6 @@ from udmabufd_client.contract import Kind
 
 log = logging.getLogger(__name__)
 
-REPORT = 2.0
-"""Seconds between reports of a copy's progress."""
-
 DRAINED_AT_ONCE = 4
 """Buffers that a drain moves at the same time: while the importers of one take their time, others go on."""
 
