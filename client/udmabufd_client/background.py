@@ -44,7 +44,7 @@ class Background:
         task.add_done_callback(ended)
         return task
 
-    def post(self, work: Coroutine[Any, Any, None]) -> None:
+    def post(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """start() what sends a message in its first turn, before any call that passed() holds back."""
 
         async def begin() -> None:
@@ -65,7 +65,9 @@ class Background:
             begun()
             work.close()
 
-        self.start(begin()).add_done_callback(ended)
+        task = self.start(begin())
+        task.add_done_callback(ended)
+        return task
 
     async def passed(self) -> None:
         """Let what was posted before this send first; but do not wait long for a service that does not answer."""

@@ -92,16 +92,21 @@ class OwnMoves:
         """Attach if the memory suits as it is: Busy otherwise."""
         if mine is not None:
             await self._pins.pin(mine, left)
-            try:
-                return await self._attachments.attach(share, device, options, left)
-            finally:
-                self._session.background.start(self._unpin(mine))
-        static = {key: value for key, value in options.items() if key != "dynamic"}
-        first = await self._attachments.attach(share, device, static, left)
+            let_go = self._unpin(mine)
+        else:
+            static = {key: value for key, value in options.items() if key != "dynamic"}
+            let_go = self._detach(await self._attachments.attach(share, device, static, left))
         try:
-            return await self._attachments.attach(share, device, options, left)
+            attached = await self._attachments.attach(share, device, options, left)
         finally:
-            self._attachments.unwanted(first)
+            gone = self._session.background.post(let_go)
+        try:
+            # What follows on this call, here or in another program, is not to find the buffer held in place by it.
+            await asyncio.wait([gone], timeout=left())
+        except asyncio.CancelledError:
+            self._attachments.unwanted(attached)
+            raise
+        return attached
 
     # Parts of the above
 
@@ -110,6 +115,12 @@ class OwnMoves:
             await self._pins.unpin(attached, self._session.home.countdown(DEFAULT_TIMEOUT))
         except UdmabufError as error:
             log.info("Attachment %d of buffer %s stays pinned: %s", attached.number, attached.share.id, error)
+
+    async def _detach(self, attached: Attached) -> None:
+        try:
+            await self._attachments.detach(attached, DEFAULT_TIMEOUT)
+        except UdmabufError as error:
+            log.info("Attachment %d of buffer %s stays: %s", attached.number, attached.share.id, error)
 
     def _all(self, share: Share) -> list[Share]:
         return [share, *(other for other in self._shares.of(share.path) if other is not share)]

@@ -342,11 +342,10 @@ async def test_long_lists_in_numbers_cost_nobody_an_answer(service: RunningServi
     lists = [asyncio.create_task(hostile.call("ListBuffers")) for _ in range(100)]
     served = 0
     while not all(one.done() for one in lists):
-        path, fd, _ = await peer.allocate(size=4096, kind="memfd")
-        await peer.call("Release", path=path)
-        fd.close()
+        # A call that needs the daemon's loop alone, whose turns these are.
+        await peer.get("Version")
         served += 1
-    assert {len(answer[0]) for answer in await asyncio.gather(*lists)} <= {160, 161}
+    assert {len(answer[0]) for answer in await asyncio.gather(*lists)} == {160}
     # Others had their turns in between, not only after it all.
     assert served >= 10
     hostile.close()
