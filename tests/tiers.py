@@ -40,6 +40,7 @@ a time: the checks and the longest tiers begin first. What a tier says is shown 
   guest (BUS)        real kernel, systemd and Weston in the emulated machine of tests/vm/run, once per system bus:
                      dbus-daemon with dbus-next and init_on_alloc=0, dbus-broker with dbus-fast
   guest (nopat)      the same, booted without page attribute tables: what depends on them
+  guest (moves)      buffers that move and are evicted, and random histories of the service, by themselves
 """
 
 EPILOG = """\
@@ -282,11 +283,12 @@ def all_tiers(arguments: argparse.Namespace, python: str, extra: list[str]) -> l
     for library in LIBRARIES:
         tiers.append(Tier(f"bus ({library})", 2.5, pytest("tests/bus"), common | {"UDMABUFD_DBUS_LIBRARY": library}))
     seconds = str(3 * 3600 if arguments.long else 3000)
-    # Once with a kernel that shows what was in memory before, once as Debian boots it, and without page attribute
+    # Once with a kernel that shows what was in memory before, otherwise as Debian boots it, and without page attribute
     # tables for what depends on them.
     for name, minutes, bus, options in (
         ("dbus-daemon", 27, "dbus-daemon", ["--append", "init_on_alloc=0"]),
         ("dbus-broker", 12, "dbus-broker", []),
+        ("moves", 8, "dbus-daemon", []),
         ("nopat", 2.5, "dbus-daemon", ["--append", "nopat"]),
     ):
         guest = ["tests/vm/run", "--bus", bus, *options, "--timeout", seconds]
