@@ -348,7 +348,6 @@ class Books:
             for buffer in asked_for:
                 buffer.unanswered = set(buffer.shares) - buffer.told
         for buffer in self.buffers:
-            buffer.awaited = 0.0
             if buffer.state == "waiting":
                 buffer.until = now + (BUS_GRACE if buffer.kept else REQUEST_GRACE)
             if buffer.free:

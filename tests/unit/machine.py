@@ -109,8 +109,9 @@ class Machine:
     """See the module. `inodes` of its dma-bufs lead to (size, inode of the memfd that each was made of); `flags` is
     what its driver was told, which may be of cache attributes only where it `honours_flags`. `contents` are what was
     written where last, "" being zeroes; `copies` the sizes of what was copied, and `copy_errors` what the next copies
-    fail with. `told` has what importers were told by the service of any life, and `hear` is called with each of it.
-    `began` is called with each new life, before it takes anything over.
+    fail with. `fenced` are inodes of dma-bufs that devices write to: a byte in that pipe tells of their end.
+    `told` has what importers were told by the service of any life, and `hear` is called with each of it. `began` is
+    called with each new life, before it takes anything over.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -132,6 +133,7 @@ class Machine:
         self.contents: dict[Where, str] = {}
         self.copies: list[int] = []
         self.copy_errors: list[OSError] = []
+        self.fenced: set[int] = set()
         self.told: list[Told] = []
         self.hear: Callable[[Told], None] = lambda _told: None
         self.began: Callable[[Life], None] = lambda _life: None
@@ -244,7 +246,8 @@ class Machine:
     ) -> bool:
         """In the place of linux.copy.copy."""
         assert not self.killed
-        assert patience == self.limits.move_timeout_msec / 1000
+        assert patience == 0, "devices were waited for before, and not in a thread"
+        assert not self.busy(source)
         written = self.contents.get(self.where(source), "")
         self.contents[self.where(target)] = TORN
         if self.copy_errors:
@@ -258,6 +261,10 @@ class Machine:
         self.copies.append(size)
         progress(size)
         return True
+
+    def busy(self, fd: int) -> bool:
+        """In the place of linux.copy.busy."""
+        return fdstat.look(fd).inode in self.fenced
 
     def tell(self, buffer: Buffer, attachment: Attachment, notice: Notice, serial: int, timeout_ms: int) -> None:
         """A signal of Buffer1 goes out."""
@@ -556,6 +563,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     patch.setattr(memfd, "reopen", machine.reopen)
     patch.setattr(memfd, "create", machine.create_memfd)
     patch.setattr(copy, "copy", machine.copy)
+    patch.setattr(copy, "busy", machine.busy)
     patch.setattr(state_module, "os", _Syscalls(machine))
 
 

@@ -23,9 +23,9 @@ from udmabufd.core.errors import (
     NoSuchBuffer,
     NotSupported,
 )
-from udmabufd.core.eviction import PATIENCE
 from udmabufd.core.ledger import Owner
 from udmabufd.core.moves import Notice
+from udmabufd.core.relief import PATIENCE
 
 ANSWERS = {"ready": 7, "late": 3, "twice": 1, "stale": 1, "never": 3}
 """How often importers answer in which way."""
@@ -458,6 +458,15 @@ class Relocations(Calls):
         ]
         begun = self.now
         failing = any(known.fds or self._evictable(known) is not Verdict.ALLOWED for known in idle)
+        slow, late = self.happened["importer: late"], set[asyncio.Task[int]]()
+
+        async def relieve() -> int:
+            freed = await moving.evict_idle(wanted)
+            # Some may have been asked in vain, and go when enough is free already.
+            late.update(moving._relief._late)
+            if late:
+                await asyncio.wait(late)
+            return freed
 
         def settle() -> list[Known]:
             """See what was evicted, and return it."""
@@ -472,9 +481,9 @@ class Relocations(Calls):
 
         def done(freed: Any) -> None:
             gone = settle()
-            same("freed bytes", freed, sum(known.size for known in gone))
-            # Where one of them does not make room, more than may be needed are asked.
-            failed = failing or bool(self._never)
+            same("freed bytes", freed + sum(task.result() for task in late), sum(known.size for known in gone))
+            # Where one of them does not make room at once, more than may be needed are asked.
+            failed = failing or bool(self._never) or self.happened["importer: late"] > slow
             if gone and not failed and freed - max(known.size for known in gone) >= wanted:
                 raise Wrong(f"{freed} bytes were evicted, and {wanted} wanted")
             for known in idle:
@@ -489,7 +498,7 @@ class Relocations(Calls):
         def cut_off() -> None:
             settle()
 
-        await self._call(Call(lambda: moving.evict_idle(wanted), done, cut_off))
+        await self._call(Call(relieve, done, cut_off))
 
     def _some(self, a: int, b: int, d: int) -> tuple[Known, Client] | None:
         """Return a buffer and a holder of it, or somebody else; mostly one that may move, and about which somebody is

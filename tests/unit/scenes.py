@@ -59,10 +59,10 @@ class World:
     async def attach(
         self, buffer: Buffer, device: str, client: str = ALICE, *, dynamic: bool = False, **constraints: Any
     ) -> Attachment:
-        _, attachment = await self.life.service.attaching.attach(
+        attached = await self.life.service.attaching.attach(
             self.holder(client), buffer.id, device, constraints, dynamic
         )
-        return attachment
+        return attached.attachment
 
     async def detach(self, buffer: Buffer, number: int, client: str = ALICE) -> None:
         await self.life.service.attaching.detach(self.holder(client), buffer.id, number)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import select
 import signal
 import threading
 import traceback
@@ -469,6 +470,101 @@ def test_an_access_that_is_dropped_ends(bracket: SyncBracket, kernel: Kernel, fd
     del access
     gc.collect()
     assert (bracket.depth, kernel.open, kernel.dirty) == (0, 0, False)
+
+
+# ---- fences ---------------------------------------------------------------------------------------------------------
+
+
+class Poll:
+    """Stands where select.poll is. `asked` has the events that were waited for, `waiting` is set meanwhile."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.polled: list[int] = []
+        self.waiting = threading.Event()
+        self.signalled = threading.Event()
+
+    def register(self, fd: int, events: int) -> None:
+        os.fstat(fd)
+        self.polled.append(fd)
+        self.asked.append(events)
+
+    def poll(self) -> list[tuple[int, int]]:
+        self.waiting.set()
+        assert self.signalled.wait(30)
+        os.fstat(self.polled[-1])
+        return [(self.polled[-1], self.asked[-1])]
+
+
+@pytest.fixture
+def poll(monkeypatch: pytest.MonkeyPatch) -> Poll:
+    poll = Poll()
+    monkeypatch.setattr(select, "poll", lambda: poll)
+    return poll
+
+
+def test_who_waits_for_a_fence_keeps_nobody_from_leaving(
+    bracket: SyncBracket, kernel: Kernel, fd: int, poll: Poll
+) -> None:
+    """The device may be waiting for that very access to end."""
+    outer = enter(bracket, fd, READ)
+    entered: list[Access] = []
+    widening = threading.Thread(target=lambda: entered.append(enter(bracket, fd, WRITE)))
+    leaving = threading.Thread(target=bracket.leave, args=[outer])
+    widening.start()
+    try:
+        assert poll.waiting.wait(30)
+        leaving.start()
+        leaving.join(30)
+        assert not leaving.is_alive()
+        assert (bracket.depth, kernel.seen) == (0, [("start", READ), ("end", READ)])
+    finally:
+        poll.signalled.set()
+        widening.join()
+        leaving.join()
+    # It was alone when the device was done: one bracket, of its own.
+    assert kernel.seen[2:] == [("start", BOTH)]
+    assert poll.asked == [select.POLLOUT]
+    assert not is_open(poll.polled[0])
+    bracket.leave(entered[0])
+
+
+@pytest.mark.parametrize(("flags", "event"), [(READ, select.POLLIN), (WRITE, select.POLLOUT), (BOTH, select.POLLOUT)])
+def test_readers_wait_for_writers_and_writers_for_all(
+    bracket: SyncBracket, kernel: Kernel, fd: int, poll: Poll, flags: int, event: int
+) -> None:
+    """As the START does that follows."""
+    poll.signalled.set()
+    outer = enter(bracket, fd, READ)
+    kernel.failures = ["start", "start"]
+    with pytest.raises(OSError, match="no start"):
+        enter(bracket, fd, WRITE)
+    # The bracket is not open now, though somebody is inside.
+    inner = enter(bracket, fd, flags)
+    assert poll.asked == [select.POLLOUT, event]
+    for access in (inner, outer):
+        bracket.leave(access)
+
+
+def test_nothing_is_waited_for_where_the_start_waits_or_there_is_none(
+    bracket: SyncBracket, kernel: Kernel, fd: int, poll: Poll
+) -> None:
+    accesses = [enter(bracket, fd, flags) for flags in (WRITE, READ, WRITE, BOTH)]
+    assert poll.asked == []
+    for access in accesses:
+        bracket.leave(access)
+
+
+def test_without_a_descriptor_to_wait_with_the_start_waits(
+    bracket: SyncBracket, kernel: Kernel, fd: int, poll: Poll, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = enter(bracket, fd, READ)
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnedFd, "dup", lambda _: no_dup())
+        inner = enter(bracket, fd, WRITE)
+    assert (poll.asked, kernel.open) == ([], BOTH)
+    for access in (inner, outer):
+        bracket.leave(access)
 
 
 # ---- threads, and other descriptors ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from tests.unit import moved
 from tests.unit.machine import path_of
 from tests.unit.moved import FAR, LARGE, STEP, Clients, as_it_is, begun, charges, lingering, two
-from tests.unit.scenes import ALICE, BOB, EVE, SIZE, World
+from tests.unit.scenes import ALICE, BOB, EVE, ID, SIZE, World
 from tests.unit.time_loop import at_rest
 from udmabufd.bus.info import info
 from udmabufd.core.errors import (
@@ -43,6 +44,9 @@ Play = Callable[..., None]
 MOVE, MOVED, CANCELLED, EVICT = Notice.MOVE, Notice.MOVED, Notice.CANCELLED, Notice.EVICT
 
 ROOT = Owner(0, "")
+
+GONE_WITH_IT = {"inode", "cache_effective", "cache_evidence"}
+"""Keys of info that tell of memory that clients could map."""
 
 KINDS = [UDMABUF, FAR]
 """Of ordinary pages, whose memfd is kept; of others, which are copied."""
@@ -86,7 +90,8 @@ class TestOutAndBack:
             inode = buffer.memory.inode
             await clients.evict()
             assert (buffer.state, buffer.serial) == (State.EVICTED, 1)
-            assert "inode" not in info(buffer)
+            assert not GONE_WITH_IT & info(buffer).keys()
+            assert info(buffer)["needs_sync"].value
             assert [clients.told(client) for client in (ALICE, BOB)] == [[(EVICT, 2)]] * 2
             assert told[0] == (buffer.id, ("State",))
             assert set(told[-1][1]) >= {"State"}
@@ -98,7 +103,7 @@ class TestOutAndBack:
             await clients.evict(BOB)
             await world.again()
             assert (clients.buffer.state, evicted(world), charges(world)) == (State.EVICTED, {ALICE: SIZE}, {})
-            assert "inode" not in info(clients.buffer)
+            assert not GONE_WITH_IT & info(clients.buffer).keys()
             assert len(world.stored) == 1
             told = world.told()
             fd = await clients.get(BOB, 2)
@@ -107,6 +112,7 @@ class TestOutAndBack:
             assert buffer.memory is not None
             assert (buffer.state, buffer.serial) == (State.BACKED, 2)
             assert buffer.memory.inode != inode
+            assert info(buffer)["needs_sync"].value == buffer.memory.needs_sync
             await asyncio.sleep(LAST_PROOF)
             assert set(told[-1][1]) >= {"State", "Serial"}
             assert (charges(world), evicted(world)) == ({ALICE: SIZE}, {})
@@ -476,6 +482,44 @@ def test_a_driver_that_comes_while_another_allocator_is_asked(play: Play) -> Non
     play(scene)
 
 
+@pytest.mark.parametrize("held", [True, False], ids=["held", "waiting to be asked for"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_call_that_is_repeated_brings_it_back(play: Play, held: bool, restarted: bool) -> None:
+    """What a request_id stands for may be out when it is asked for again; a repetition that fails changes nothing."""
+
+    async def scene(world: World) -> None:
+        buffer, fd = await world.allocate(request_id=ID)
+        world.life.service.answered(world.holder(ALICE), [buffer])
+        clients = Clients(world, buffer)
+        world.machine.write(fd, "picture")
+        fd.close()
+        if held:
+            await clients.attach(ALICE)
+            await clients.evict()
+        else:
+            await clients.release(ALICE)
+            assert await world.life.service.moving.evict_idle(1) == SIZE
+        if restarted:
+            await world.again()
+        assert (clients.buffer.state, world.holder(ALICE) in clients.buffer.shares) == (State.EVICTED, held)
+        before = as_it_is(clients)
+        for _ in range(2):
+            world.machine.store_errors.append(OSError(errno.ENOSPC, "full"))
+            with pytest.raises(OutOfMemory):
+                await world.allocate(request_id=ID)
+        await world.life.custody.settled()
+        assert as_it_is(clients) == before
+        found, fd = await world.allocate(request_id=ID)
+        world.closing.append(fd.close)
+        assert (found.id, found.state, found.serial) == (clients.id, State.BACKED, 2)
+        assert world.machine.read(fd) == "picture"
+        assert len(world.life.custody.registry) == 1
+        await world.life.custody.settled()
+        assert (charges(world), evicted(world)) == ({ALICE: SIZE}, {})
+
+    play(scene)
+
+
 # ---- when memory is short -------------------------------------------------------------------------------------------
 
 
@@ -604,6 +648,25 @@ class TestDrain:
             with pytest.raises(Busy, match="^1 of 1 buffers stay in udmabuf; .*1 of 2"):
                 await draining
             assert not world.life.pool.drained
+
+        play(scene)
+
+    def test_what_is_out_is_not_counted(self, play: Play, caplog: pytest.LogCaptureFixture) -> None:
+        """Nor what has ended meanwhile: neither has moved, and neither stays."""
+        caplog.set_level(logging.INFO)
+
+        async def scene(world: World) -> None:
+            out, ends, other = await idle(world), await idle(world), await idle(world)
+            held, fd = await world.allocate()
+            world.closing.append(fd.close)
+            await out.evict()
+            async with ends.buffer.backing:
+                draining = await begun(world.life.service.moving.drain(ROOT, UDMABUF))
+                await ends.release(ALICE)
+            with pytest.raises(Busy, match="^1 of 2 buffers stay in udmabuf"):
+                await draining
+            assert (other.buffer.serial, held.serial) == (2, 1)
+            assert "1 buffers were moved away from udmabuf" in caplog.text
 
         play(scene)
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import open_fds
 from udmabufd.linux import memfd
-from udmabufd.linux.copy import PIECE, copy
+from udmabufd.linux.copy import PIECE, busy, copy
 from udmabufd.linux.dmabuf import (
     DMA_BUF_IOCTL_SYNC,
     DMA_BUF_SYNC_END,
@@ -149,6 +149,22 @@ class Brackets:
             raise OSError(code, os.strerror(code))
         self.calls.append((fd, flags))
         return 0
+
+
+def test_a_source_that_devices_write_to_is_waited_for() -> None:
+    """For so long as is said, and not at all if it is only asked. A pipe that nothing is in stands for the dma-buf."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    with OwnedFd(reader) as source, OwnedFd(writer) as device, pair(PIECE) as (memory, target, _):
+        assert not busy(memory)
+        assert busy(source.fileno())
+        assert busy(source.fileno(), 0.01)
+        with pytest.raises(TimeoutError, match="write to the buffer still"):
+            copy(source.fileno(), target, PIECE, progress=nothing, cancelled=never, patience=0.0)
+        ending = threading.Timer(0.05, os.write, [device.fileno(), b"!"])
+        ending.start()
+        assert not busy(source.fileno(), None)
+        ending.join()
+        assert not busy(source.fileno())
 
 
 def test_each_piece_is_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from udmabufd.bus.info import attachments, constraints, info
@@ -82,10 +83,12 @@ class BufferObject:
     async def attach(self, call: Call, device: str, options: dict[str, Variant]) -> Reply:
         """See the XML."""
         asked = unwrap(options, ATTACH_TYPES)
-        buffer, attachment = await self._service.attaching.attach(
+        attaching = self._service.attaching
+        attached = await attaching.attach(
             call.holder, buffer_id(call.path), device, asked.get("constraints", {}), asked.get("dynamic", False)
         )
-        return Reply([attachment.number, constraints(buffer)])
+        told = partial(attaching.answered, attached)
+        return Reply([attached.attachment.number, constraints(attached.buffer)], sent=told)
 
     async def detach(self, call: Call, attachment: int) -> Reply:
         """See the XML."""

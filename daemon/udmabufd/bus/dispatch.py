@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 from weakref import WeakValueDictionary
@@ -63,14 +63,22 @@ class Dispatcher:
     `buffer_interfaces`, which answer NoSuchBuffer to whoever is no holder.
     """
 
-    def __init__(self, limits: Limits, ledger: Ledger, closer: Closer, check_holder: Callable[[Call], None]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        ledger: Ledger,
+        closer: Closer,
+        check_holder: Callable[[Call], None],
+        still: Callable[[Call], Awaitable[None]],
+    ) -> None:
         """`closer` gets the descriptors of callers; `check_holder` raises NoSuchBuffer unless the caller holds a share
-        of the buffer that the path names.
+        of the buffer that the path names; `still` waits until that buffer does not move, and raises the same.
         """
         self._limits = limits
         self._ledger = ledger
         self._intake = Intake(closer, self._uid_of)
         self._check_holder = check_holder
+        self._still = still
         self._flow: Flow | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
@@ -221,13 +229,16 @@ class Dispatcher:
             return
         assert self._flow is not None
         holder = call.holder
+        if call.path.startswith(BUFFER_PATH_PREFIX):
+            # Before it is a call's turn: one buffer that moves again and again would keep its users from all others.
+            await self._still(call)
         # Before anything is made: to somebody who does not read nothing need be given.
         await self._flow.wait(holder.name, holder.uid, count)
         sent = 0
         try:
             with self._ledger.charge(holder.owner, Resource.FDS, count):
+                # What is made goes out at once: a signal that it is to be let go of may not come before it.
                 reply = await self._call(method, handler, call, arguments)
-                await self.room()
                 sent = len(reply.fds)
                 self._reply(header, method.out_signature, reply)
         finally:
@@ -238,6 +249,7 @@ class Dispatcher:
         async with AsyncExitStack() as turn:
             if descriptors_in(method) or descriptors_out(method) or method.name in _COPYING:
                 await turn.enter_async_context(self._turns.setdefault(call.holder.uid, asyncio.Semaphore(AT_ONCE)))
+                await self.room()
             answer = handler(call, *arguments)
             return await answer if inspect.isawaitable(answer) else answer
 

@@ -51,15 +51,15 @@ def _plain(buffer: Buffer) -> dict[str, Any]:
             "strides": list(request.layout.strides),
         }
     if memory is not None:
-        values |= {
-            "allocator": memory.allocator,
-            "cache_effective": _value(memory.cache),
-            "cache_evidence": _value(memory.evidence),
-            "needs_sync": memory.needs_sync,
-            "serial": buffer.serial,
-            # Nobody has a descriptor, and the next one will be another.
-            "inode": None if buffer.evicted else memory.inode,
-        }
+        values |= {"allocator": memory.allocator, "serial": buffer.serial, "needs_sync": True}
+        # Of one that is evicted nobody has a descriptor, and the next one will be of other memory.
+        if not buffer.evicted:
+            values |= {
+                "cache_effective": _value(memory.cache),
+                "cache_evidence": _value(memory.evidence),
+                "needs_sync": memory.needs_sync,
+                "inode": memory.inode,
+            }
     return values
 
 

@@ -34,7 +34,7 @@ class Server:
     def __init__(self, service: Service, ledger: Ledger, closer: Closer, log_settings: LogSettings) -> None:
         """`closer` gets what is to be closed of callers' descriptors."""
         self._service = service
-        self._dispatcher = Dispatcher(service.limits, ledger, closer, self._check_holder)
+        self._dispatcher = Dispatcher(service.limits, ledger, closer, self._check_holder, self._still)
         self._connection: Connection | None = None
         self._authority: Authority | None = None
         self._callers: Callers | None = None
@@ -56,6 +56,9 @@ class Server:
 
     def _check_holder(self, call: Call) -> None:
         self._service.get(call.holder, buffer_id(call.path))
+
+    async def _still(self, call: Call) -> None:
+        await self._service.moving.moves.over(self._service.get(call.holder, buffer_id(call.path)))
 
     async def _allowed(self, sender: str, interactive: bool) -> bool:
         assert self._authority is not None

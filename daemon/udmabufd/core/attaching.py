@@ -12,7 +12,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from udmabufd.core.attachments import Attachment, Wish
 from udmabufd.core.buffer import Buffer, Holder
@@ -27,8 +27,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TOLD_PER_CALL: Final = 4
-"""Holders whom to tell of a change takes as long as a call does otherwise."""
+
+class Attached(NamedTuple):
+    """A device that was attached. `moved_to` is the serial that the buffer got for it, 0 if it has not moved."""
+
+    buffer: Buffer
+    attachment: Attachment
+    moved_to: int
 
 
 class Attaching:
@@ -48,17 +53,26 @@ class Attaching:
 
     async def attach(
         self, holder: Holder, buffer_id: str, name: str, constraints: Mapping[str, Any], dynamic: bool
-    ) -> tuple[Buffer, Attachment]:
-        """Attach the device `name` for `holder`; nothing changes if that is refused."""
+    ) -> Attached:
+        """Attach the device `name` for `holder`; nothing changes if that is refused. answered() is to follow."""
         self._registry.held(buffer_id, holder)
         wish = await self._placement.wish(holder.uid, "device", name, constraints, dynamic=dynamic)
         buffer = self._registry.held(buffer_id, holder)
         since = asyncio.get_running_loop().time()
         async with buffer.backing:
             self._registry.held(buffer_id, holder)
+            before = buffer.serial
             (attachment,) = await self._attach(buffer, holder, [wish], since)
+            moved = buffer.serial != before
         self._count(holder, buffer)
-        return buffer, attachment
+        return Attached(buffer, attachment, buffer.serial if moved else 0)
+
+    def answered(self, attached: Attached) -> None:
+        """Take notice that the caller of attach() knows the number of its attachment: if the buffer has moved for it,
+        it is told so as all others were.
+        """
+        if attached.moved_to and attached.attachment.wish.dynamic:
+            self._moving.moves.tell_moved(attached.buffer, attached.attachment, attached.moved_to)
 
     async def detach(self, holder: Holder, buffer_id: str, number: int) -> None:
         """End an attachment of `holder`."""
@@ -124,7 +138,7 @@ class Attaching:
 
     def _count(self, holder: Holder, buffer: Buffer) -> None:
         """Count the call as as many as the holders that are told of it are worth."""
-        self._ledger.add_to_window(holder.owner, len(buffer.shares) // TOLD_PER_CALL)
+        self._registry.billing.count_told(holder.owner, len(buffer.shares))
 
     def _detach(self, buffer: Buffer, holder: Holder, number: int) -> None:
         self._registry.detach(buffer, self._registry.attachments.of(buffer, holder, number))

@@ -26,6 +26,10 @@ MAX_PINS: Final = (1 << 32) - 1
 """Pins of an attachment: the property that tells of them is of type u."""
 
 
+MAX_NUMBER: Final = (1 << 32) - 1
+"""The last number of an attachment, which is of type u; each buffer gives each once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """A device that is to be attached: `device` as its user named it, `path` where sysfs has it, and what it demands
@@ -171,6 +175,10 @@ def check_count(buffer: Buffer, wanted: int) -> None:
     if present + wanted > MAX_ATTACHMENTS:
         raise QuotaExceeded(
             f"A buffer has at most {MAX_ATTACHMENTS} attachments; there are {present}, and {wanted} more are wanted"
+        )
+    if buffer.attached + wanted > MAX_NUMBER:
+        raise QuotaExceeded(
+            f"The buffer has had {buffer.attached} attachments, and numbers end at {MAX_NUMBER}; make another buffer"
         )
 
 

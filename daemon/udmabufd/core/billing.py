@@ -11,13 +11,16 @@ from typing import Final
 
 from udmabufd.core.buffer import Buffer, Holder
 from udmabufd.core.errors import NoSuchBuffer, QuotaExceeded
-from udmabufd.core.ledger import ROOT, Charge, Ledger, Owner, Resource
+from udmabufd.core.ledger import Charge, Ledger, Owner, Resource
 from udmabufd.core.limits import Limits
 from udmabufd.core.memory import Accounting, Memory
 from udmabufd_client.contract import WRAPPED
 
 WORKED_PER_CALL: Final = 64 << 10
 """Bytes whose copying takes as long as a call does otherwise."""
+
+TOLD_PER_CALL: Final = 4
+"""Whom to tell of a change takes as long as a call does otherwise."""
 
 
 @dataclass(slots=True)
@@ -51,6 +54,10 @@ class Billing:
     def count_work(self, owner: Owner, byte_count: int) -> None:
         """Count the call of `owner` that had so many bytes copied, or read back, as as many more as that is worth."""
         self._ledger.add_to_window(owner, byte_count // WORKED_PER_CALL)
+
+    def count_told(self, owner: Owner, count: int) -> None:
+        """Count the call of `owner` of which so many are told as as many more as that is worth."""
+        self._ledger.add_to_window(owner, count // TOLD_PER_CALL)
 
     @property
     def evicted_bytes(self) -> int:
@@ -93,14 +100,13 @@ class Billing:
         buffer.memory_charge = None if others is None else self._to_payer(buffer, others)
         other.memory_charge = mine
 
-    def former(self, buffer: Buffer, causer: Owner) -> Bill:
+    def former(self, buffer: Buffer, causer: Owner, *, imposed: bool = False) -> Bill:
         """Charge beforehand for what the buffer's memory will be when it has moved: a buffer that lingers, at the cost
-        of `causer`, or of whoever pays now if that is the same user. Raises QuotaExceeded.
+        of `causer`, or of whoever pays now if that is the same user. Raises QuotaExceeded, but if it is `imposed`.
         """
         other_user = causer.uid != buffer.payer.uid
         owner = causer if other_user else buffer.payer
-        # An administrator who clears an allocator is held to nothing.
-        charge = self._ledger.impose if owner.uid == ROOT else self._ledger.charge
+        charge = self._ledger.impose if imposed else self._ledger.charge
         buffers = charge(owner, Resource.BUFFERS)
         try:
             return Bill(buffers, charge(owner, Resource.BYTES, buffer.size) if other_user else None)

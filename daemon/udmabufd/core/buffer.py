@@ -84,7 +84,8 @@ class Buffer:
     used: int = 0
     """Greater for one that was used later (Registry.use)."""
     awaited: float = 0.0
-    """Seconds of the loop's clock until which those that had it when the bus ended may come back."""
+    """Seconds of the loop's clock, which goes on over a restart (CLOCK_MONOTONIC), until which those that had it when
+    the bus ended may come back."""
     timed_out: float = 0.0
     """Seconds of the loop's clock when its importers last did not answer a move."""
     spared: float = 0.0

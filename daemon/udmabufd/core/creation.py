@@ -22,6 +22,10 @@ from udmabufd.core.spec import Request
 T = TypeVar("T")
 
 
+async def _nothing() -> None:
+    pass
+
+
 class Creation:
     """See the module."""
 
@@ -102,12 +106,18 @@ class Creation:
 
         return await self.swept(holder, step)
 
-    async def swept(self, holder: Holder, step: Callable[[], T]) -> T:
-        """Do `step`; if a quota forbids it, once more after what the user has let go of was looked at."""
+    async def swept(
+        self, holder: Holder, step: Callable[[], T], before: Callable[[], Awaitable[None]] = _nothing
+    ) -> T:
+        """Do `step` right after `before`; if a quota forbids it, both once more after what the user has let go of was
+        looked at.
+        """
+        await before()
         try:
             return step()
         except QuotaExceeded:
             await self._custody.lingering.look_again(holder.uid)
+            await before()
             return step()
 
     def abandon(self, buffer: Buffer, holder: Holder) -> None:

@@ -98,8 +98,7 @@ class Custody:
         if self._bus is None or self._bus[1] != bus_id:
             waiting = [buffer for buffer in registry if buffer.shares]
             for buffer in waiting:
-                registry.void(buffer)
-                buffer.awaited = asyncio.get_running_loop().time() + BUS_GRACE
+                registry.void(buffer, until=asyncio.get_running_loop().time() + BUS_GRACE)
                 self._retain(buffer, BUS_GRACE)
             if waiting:
                 emit(log, Event.BUS_RESTARTED, count=len(waiting), seconds=BUS_GRACE)

@@ -116,7 +116,7 @@ class Maker:
         other = Buffer(buffer.request, buffer.payer, name=buffer.name)
         (memory,) = await self._first([other], sources, self._workers.submit, asking)
         other.memory = memory
-        other.stored_as = await self._stored(other, memory)
+        other.stored_as = await self._stored(other, memory, of=buffer)
         return other
 
     def check_left_behind(self) -> None:
@@ -227,22 +227,24 @@ class Maker:
         return self._admission.admit(byte_count, descriptors, billing.unaccounted, self._swappable)
 
     async def _back(self, buffer: Buffer, memory: Memory) -> None:
-        stored_as = await self._stored(buffer, memory)
+        stored_as = await self._stored(buffer, memory, of=buffer)
         try:
             self._custody.registry.back(buffer, memory, stored_as)
         except BaseException:
             self._custody.dispose(buffer, memory, stored_as)
             raise
 
-    async def _stored(self, buffer: Buffer, memory: Memory) -> str:
-        """Store the descriptors of `memory`, and return under which name; dispose of it where that fails."""
+    async def _stored(self, buffer: Buffer, memory: Memory, of: Buffer) -> str:
+        """Store the descriptors of `memory`, and return under which name; dispose of it where that fails. The journal
+        is told that it is `of` that buffer.
+        """
         stored_as = self._store.take_name()
         try:
             fds = [fd for fd in (memory.memfd, memory.dma_buf) if fd is not None]
             await self._store.put(stored_as, fds, buffer.payer.uid)
             memory.stored = self._store.enabled
         except OSError as error:
-            emit(log, Event.STORE_FAILED, buffer=buffer.id, uid=buffer.payer.uid, reason=str(error))
+            emit(log, Event.STORE_FAILED, buffer=of.id, uid=buffer.payer.uid, reason=str(error))
             self._custody.dispose(buffer, memory, stored_as)
             raise OutOfMemory("The service manager does not keep any more descriptors for the service") from error
         except BaseException:

@@ -162,6 +162,10 @@ class Moves:
         move.waiting.discard(attachment)
         move.check()
 
+    def tell_moved(self, buffer: Buffer, attachment: Attachment, serial: int) -> None:
+        """Tell `attachment`, which was not there yet, of the move that took place for it."""
+        self._tell_rest(buffer, [attachment], Notice.MOVED, serial)
+
     def resume(self) -> None:
         """Tell what became of the moves that the end of the former run has cut off."""
         for buffer in self._registry:

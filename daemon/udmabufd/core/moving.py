@@ -20,7 +20,7 @@ from udmabufd.core.eviction import Eviction
 from udmabufd.core.ledger import Owner
 from udmabufd.core.memories import MEMORY_PROPERTIES
 from udmabufd.core.moves import Notice, check_free, held_in_place
-from udmabufd.core.placement import Needed, not_much_larger
+from udmabufd.core.placement import Needed
 from udmabufd.core.relocation import movable, request_of
 from udmabufd.core.spec import Request, check_allocator
 from udmabufd_client.contract import Kind
@@ -85,8 +85,10 @@ class Moving(Eviction):
         pool.drained.add(allocator)
         limit = asyncio.Semaphore(DRAINED_AT_ONCE)
         reasons: list[str] = []
+        count = 0
 
         async def move(buffer: Buffer) -> None:
+            nonlocal count
             async with limit, buffer.backing:
                 if buffer.ended or buffer.evicted or buffer.memory is None or buffer.memory.allocator != allocator:
                     return
@@ -97,14 +99,17 @@ class Moving(Eviction):
                     pass
                 except AllocatorError as error:
                     reasons.append(str(error))
+                else:
+                    count += 1
 
         try:
             await asyncio.gather(*(move(buffer) for buffer in here if not buffer.evicted))
         finally:
             pool.drained.discard(allocator)
-        emit(log, Event.DRAINED, allocator=allocator, count=len(here) - len(reasons), uid=owner.uid)
+        emit(log, Event.DRAINED, allocator=allocator, count=count, uid=owner.uid)
         if reasons:
-            raise Busy(f"{len(reasons)} of {len(here)} buffers stay in {allocator}; the first because: {reasons[0]}")
+            stay, all_ = len(reasons), len(reasons) + count
+            raise Busy(f"{stay} of {all_} buffers stay in {allocator}; the first because: {reasons[0]}")
 
     async def _relocate(
         self, buffer: Buffer, request: Request, asking: Holder | None, causer: Owner, *, dynamic: bool = False
@@ -113,13 +118,13 @@ class Moving(Eviction):
         former memory, if that is not the payer's own user.
         """
         check_free(buffer, asking if dynamic else None)
-        self._count(asking, buffer.size)
+        self._count(asking, buffer)
         before = buffer.memory
         assert before is not None
-        with self.moves.under_way(buffer), self._registry.room_for_former(buffer, causer) as bill:
-            sources = self._placement.sources(request)([buffer.name])
-            if asking is not None and asking.uid != buffer.payer.uid:
-                sources = not_much_larger(sources, buffer.size)
+        # An administrator who clears an allocator is held to no quota of his own.
+        room = self._registry.room_for_former(buffer, causer, imposed=asking is None)
+        with self.moves.under_way(buffer), room as bill:
+            sources = self._within_reason(buffer, asking, self._placement.sources(request)([buffer.name]))
             other = await self._maker.make_beside(buffer, sources, asking)
             try:
                 async with self.moves.announced(buffer, Notice.MOVE, asking, asking if dynamic else None) as serial:

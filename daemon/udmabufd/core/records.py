@@ -62,6 +62,7 @@ class StoredBuffer:
     serial: int
     ended: bool
     kept: bool
+    awaited: float
     stored_as: str
     attached: int
     moving: int
@@ -110,6 +111,7 @@ def of_buffer(buffer: Buffer, order: int) -> dict[str, Any]:
         "serial": buffer.serial,
         "ended": buffer.ended,
         "kept": buffer.kept,
+        "awaited": buffer.awaited,
         "stored_as": buffer.stored_as,
         "attached": buffer.attached,
         "moving": buffer.moving or buffer.cut_off,
@@ -251,6 +253,7 @@ def _buffer_of(slot: int, record: Mapping[str, Any]) -> StoredBuffer:
         serial=int(record["serial"]),
         ended=bool(record.get("ended", False)),
         kept=bool(record.get("kept", False)),
+        awaited=float(record.get("awaited", 0.0)),
         stored_as=str(record["stored_as"]),
         attached=int(record.get("attached", 0)),
         moving=int(record.get("moving", 0)),

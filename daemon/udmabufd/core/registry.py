@@ -79,12 +79,12 @@ class Registry(Memories):
             raise QuotaExceeded(f"The service has {len(self._by_id)} buffers of all users, its limit max_buffers")
 
     @contextmanager
-    def room_for_former(self, buffer: Buffer, causer: Owner) -> Iterator[Bill]:
-        """Room for what `buffer` has now, when it has moved because of `causer`, and what pays for it. Raises
-        QuotaExceeded.
+    def room_for_former(self, buffer: Buffer, causer: Owner, *, imposed: bool = False) -> Iterator[Bill]:
+        """Room for what `buffer` has now, when it has moved because of `causer`, and what pays for it, `imposed`
+        whatever the limits of a user say. Raises QuotaExceeded.
         """
         self.check_room()
-        bill = self.billing.former(buffer, causer)
+        bill = self.billing.former(buffer, causer, imposed=imposed)
         self._promised += 1
         try:
             yield bill
@@ -213,9 +213,11 @@ class Registry(Memories):
         for buffer in tuple(self._by_holder.get(holder, ())):
             self._drop_shares(buffer, holder)
 
-    def void(self, buffer: Buffer) -> None:
-        """Take all shares of `buffer`, whose holders have ended with their bus, and keep it and its charge."""
-        buffer.kept = True
+    def void(self, buffer: Buffer, until: float) -> None:
+        """Take all shares of `buffer`, whose holders have ended with their bus, and keep it and its charge. They may
+        have it still, and come back `until` then.
+        """
+        buffer.kept, buffer.awaited = True, until
         self.record(buffer)
         for holder in tuple(buffer.shares):
             holder.gone = True

@@ -5,25 +5,26 @@ its contents, and what becomes of the memory that is left over.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 
 from udmabufd.core.buffer import Buffer, Holder
 from udmabufd.core.custody import Custody
 from udmabufd.core.errors import Busy, MoveTimedOut, NoSuchBuffer, NotSupported, from_oserror
-from udmabufd.core.maker import Maker
+from udmabufd.core.maker import Maker, Source
 from udmabufd.core.memory import Memory
 from udmabufd.core.moves import Moves
-from udmabufd.core.placement import Placement
+from udmabufd.core.placement import Placement, not_much_larger
 from udmabufd.core.spec import Request
 from udmabufd.core.store import Store
 from udmabufd.core.udmabuf_allocator import UdmabufAllocator
 from udmabufd.core.workers import Workers
 from udmabufd.linux import copy
-from udmabufd_client.contract import WRAPPED, Kind
+from udmabufd_client.contract import WRAPPED, Kind, State
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class Relocation:
         """A buffer of `holder`, whose backing lock is held meanwhile. Raises Busy while another move is under way."""
         buffer = self._registry.held(buffer_id, holder)
         if buffer in self.moves:
-            raise Busy(f"The buffer is {buffer.state.value} already")
+            now = "moving already" if buffer.state is State.MOVING else "about to move"
+            raise Busy(f"The buffer is {now}: wait for the end of that")
         async with buffer.backing:
             self._registry.held(buffer_id, holder)
             yield buffer
@@ -78,6 +80,8 @@ class Relocation:
         try:
             # Of one's own: the buffer may end, and its descriptors be closed, meanwhile.
             with before.exported.dup() as source, after.exported.dup() as target:
+                # Here and not in one of the threads: there, others' copies would wait, too.
+                await _quiet(source.fileno(), self.moves.timeout_ms / 1000)
                 done = await self._movers.submit(
                     partial(
                         copy.copy,
@@ -86,7 +90,7 @@ class Relocation:
                         size,
                         progress=progress.report,
                         cancelled=lambda: buffer.ended,
-                        patience=self.moves.timeout_ms / 1000,
+                        patience=0.0,
                     )
                 )
         except TimeoutError as error:
@@ -98,10 +102,18 @@ class Relocation:
         if not done:
             raise NoSuchBuffer
 
-    def _count(self, holder: Holder | None, byte_count: int) -> None:
-        """Count a call as as many as what is done for it is worth."""
+    def _count(self, holder: Holder | None, buffer: Buffer) -> None:
+        """Count a call as as many as what is done for it, and who is told of it, is worth."""
         if holder is not None:
-            self._registry.billing.count_work(holder.owner, byte_count)
+            billing = self._registry.billing
+            billing.count_work(holder.owner, buffer.size)
+            billing.count_told(holder.owner, len(buffer.shares) + len(buffer.attachments))
+
+    def _within_reason(self, buffer: Buffer, asking: Holder | None, sources: Iterable[Source]) -> Iterable[Source]:
+        """Return those of `sources` that `asking` may have `buffer` moved to, at the cost of who pays for it."""
+        if asking is None or asking.uid == buffer.payer.uid:
+            return sources
+        return not_much_larger(sources, buffer.size)
 
     def _give_up(self, other: Buffer) -> None:
         """Close the memory that `other` has, or follow it to its end if it is what a buffer had before."""
@@ -110,6 +122,20 @@ class Relocation:
             self._custody.lingering.follow(other)
         else:
             self._custody.dispose(other, other.memory, other.stored_as)
+
+
+async def _quiet(fd: int, seconds: float) -> None:
+    """Wait until no device writes to the dma-buf or memfd `fd` any more. Raises TimeoutError."""
+    if not copy.busy(fd):
+        return
+    loop = asyncio.get_running_loop()
+    quiet = asyncio.Event()
+    loop.add_reader(fd, quiet.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await quiet.wait()
+    finally:
+        loop.remove_reader(fd)
 
 
 class _Progress:

@@ -235,6 +235,7 @@ def _buffer(stored: StoredBuffer, memory: Memory | None) -> Buffer:
         memory=memory,
         ended=stored.ended,
         kept=stored.kept,
+        awaited=stored.awaited,
         stored_as=stored.stored_as,
         attached=stored.attached,
         cut_off=stored.moving,

@@ -22,7 +22,7 @@ from udmabufd.core.buffer import Buffer, Holder, Repeat
 from udmabufd.core.creation import Creation
 from udmabufd.core.custody import Custody
 from udmabufd.core.device import Device
-from udmabufd.core.errors import Busy, InvalidSpec, NoSuchBuffer, from_oserror
+from udmabufd.core.errors import InvalidSpec, NoSuchBuffer, from_oserror
 from udmabufd.core.events import Event, emit
 from udmabufd.core.identity import Identity
 from udmabufd.core.ledger import ROOT, Ledger, Owner, Resource
@@ -184,8 +184,6 @@ class Service:
         def share() -> Buffer:
             nonlocal lingered
             buffer = find()
-            if buffer in self.moving.moves:
-                raise Busy("fd: the buffer has begun to move; try again")
             lingered = buffer.ended
             self._registry.share(buffer, holder)
             self._registry.loosen(buffer, holder)
@@ -196,8 +194,7 @@ class Service:
             return self._registry.files.find(found.device, found.inode)
 
         # Not while it moves: what the caller has would be stale by the answer.
-        await self.moving.moves.over(find())
-        buffer = await self._creation.swept(holder, share)
+        buffer = await self._creation.swept(holder, share, lambda: self.moving.moves.over(find()))
         if lingered:
             emit(log, Event.BUFFER_REVIVED, buffer=buffer.id, uid=holder.uid)
         _log_of(buffer, holder, "imported by its descriptor")
@@ -207,14 +204,16 @@ class Service:
         """Make `holder` a holder of the buffer that `ticket` stands for."""
         self.custody.check_serving()
 
+        def find() -> Buffer:
+            return self._registry.by_ticket(ticket)
+
         def share() -> Buffer:
             # Looked up anew each time: between the two the buffer may have ended.
-            buffer = self._registry.by_ticket(ticket)
+            buffer = find()
             self._registry.share(buffer, holder)
             return buffer
 
-        await self.moving.moves.over(self._registry.by_ticket(ticket))
-        buffer = await self._creation.swept(holder, share)
+        buffer = await self._creation.swept(holder, share, lambda: self.moving.moves.over(find()))
         _log_of(buffer, holder, "imported by ticket")
         return buffer
 

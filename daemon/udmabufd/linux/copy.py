@@ -60,10 +60,7 @@ def copy(
     or ENOTSUP for what cannot be mapped, ENOMEM, EPERM if `target` is sealed, TimeoutError when devices do not end;
     and what `cancelled` and `progress` raise.
     """
-    poller = select.poll()
-    # A dma-buf is readable when nothing writes to it any more (dma_buf_poll in drivers/dma-buf/dma-buf.c), a memfd is.
-    poller.register(source, select.POLLIN)
-    if not poller.poll(None if patience is None else patience * 1000):
+    if busy(source, patience):
         raise TimeoutError(errno.ETIMEDOUT, "devices write to the buffer still")
     with _mapped(source, size, mmap.PROT_READ) as read_from, _mapped(target, size, mmap.PROT_WRITE) as write_to:
         for offset in range(0, size, piece):
@@ -75,6 +72,17 @@ def copy(
                 ctypes.memmove(write_to + offset, read_from + offset, length)
             progress(offset + length)
     return True
+
+
+def busy(fd: int, patience: float | None = 0.0) -> bool:
+    """Whether devices write to the dma-buf or memfd `fd`, also after `patience` seconds; None for as long as they do.
+
+    While they do, a selector waits for the end of that as for something to be read.
+    """
+    poller = select.poll()
+    # A dma-buf is readable when nothing writes to it any more (dma_buf_poll in drivers/dma-buf/dma-buf.c), a memfd is.
+    poller.register(fd, select.POLLIN)
+    return not poller.poll(None if patience is None else patience * 1000)
 
 
 @contextmanager
