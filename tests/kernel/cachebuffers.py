@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.kernel.buffers import Preparation, sealed_memfd
-from tests.kernel.importing import HUGE, huge_pages
+from tests.kernel.hugepools import HUGE, huge_pages
 from udmabufd.linux import memfd, udmabuf
 from udmabufd_base.fd import OwnedFd
 

@@ -135,25 +135,6 @@ def made_up(devices: Mapping[str, Mapping[str, object]]) -> Iterator[None]:
         file.unlink()
 
 
-@contextmanager
-def huge_pages(count: int) -> Iterator[None]:
-    """Set aside so many pages of 2 MiB; none before and after."""
-    pool = Path("/proc/sys/vm/nr_hugepages")
-    assert pool.read_text() == "0\n"
-    try:
-        pool.write_text(f"{count}\n")
-        assert pool.read_text() == f"{count}\n", "memory is too fragmented for so many huge pages"
-        yield
-    finally:
-        pool.write_text("0\n")
-
-
-def free_huge_pages() -> int:
-    """Return how many pages of the pool nobody has, by /proc/meminfo."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("HugePages_Free:"))
-
-
 def modprobe(*arguments: str) -> None:
     """Load or remove a module, and wait until udev has done with it."""
     subprocess.run(["modprobe", *arguments], check=True)

@@ -43,8 +43,9 @@ def _leads_to(link: Path, name: str) -> bool:
 
 def of_file(fd: int, size: int) -> list[int]:
     """Return the physical addresses of the pages of a memfd."""
-    with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
-        view = np.frombuffer(mapping, dtype=np.uint8)
+    # All of it: a part of a huge page can be mapped, and not be unmapped; munmap(2) fails, and mmap.close() is silent.
+    with mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
+        view = np.frombuffer(mapping, dtype=np.uint8)[:size]
         # Only what this process has touched is in its page table.
         view[::PAGE].sum()
         with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:

@@ -14,12 +14,10 @@ from typing import Final
 
 from tests.kernel.buffers import MIB, PAGE, sealed_memfd
 from tests.kernel.frames import of_file
+from tests.kernel.hugepools import HUGE, huge_pages
 from udmabufd.linux import memfd, udmabuf
 from udmabufd_base.fd import OwnedFd
 
-HUGE: Final = 2 * MIB
-
-_POOL: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _COMPACT: Final = Path("/proc/sys/vm/compact_memory")
 _MAPPED, _CONTIGUOUS, _PLANES = range(3)
 
@@ -106,27 +104,6 @@ def scattered(device: OwnedFd, size: int) -> Iterator[OwnedFd]:
         pages = [udmabuf.Item(backing.fileno(), offset, PAGE) for offset in reversed(range(0, size, PAGE))]
         with udmabuf.create_list(device.fileno(), pages) as dma_buf:
             yield dma_buf
-
-
-@contextmanager
-def huge_pages(count: int) -> Iterator[None]:
-    """Have `count` free huge pages of 2 MiB until the end of the block."""
-    before = _number("nr_hugepages")
-    # Pages of a pool that was made smaller while they were in use count as part of one that is made larger.
-    _write(before + _number("surplus_hugepages") + count)
-    try:
-        assert _number("free_hugepages") >= count, "memory is too fragmented for huge pages"
-        yield
-    finally:
-        _write(before)
-
-
-def _number(name: str) -> int:
-    return int((_POOL / name).read_text())
-
-
-def _write(pages: int) -> None:
-    (_POOL / "nr_hugepages").write_text(f"{pages}\n")
 
 
 @contextmanager

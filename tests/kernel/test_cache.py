@@ -26,8 +26,9 @@ from tests.kernel import areas, truth, unit, v4l2
 from tests.kernel.areas import area
 from tests.kernel.buffers import DRM_IOCTL_PRIME_FD_TO_HANDLE, PAGE
 from tests.kernel.cachebuffers import at
-from tests.kernel.demands import allocators, demands, explain, get_fd, huge_pages, modprobe, refused, release
+from tests.kernel.demands import allocators, demands, explain, get_fd, modprobe, refused, release
 from tests.kernel.exporters import dumb_buffer
+from tests.kernel.hugepools import huge_pages
 from tests.kernel.importing import Vivid
 from tests.kernel.pagetables import PageTables
 from tests.kernel.recording import CREATE, CREATE_LIST

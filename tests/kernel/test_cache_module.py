@@ -24,7 +24,8 @@ from tests.kernel import modules, truth, unit
 from tests.kernel.areas import area
 from tests.kernel.buffers import PAGE, prime_import
 from tests.kernel.cachebuffers import at, memory
-from tests.kernel.demands import allocators, attach, demands, detach, explain, get_fd, huge_pages, refused, release
+from tests.kernel.demands import allocators, attach, demands, detach, explain, get_fd, refused, release
+from tests.kernel.hugepools import huge_pages
 from tests.kernel.kernel_memory import KernelMemory, symbols
 from tests.kernel.pagetables import PageTables
 from tests.kernel.truth import (

@@ -20,14 +20,13 @@ from tests.kernel.demands import (
     create,
     demands,
     explain,
-    free_huge_pages,
     get_fd,
-    huge_pages,
     made_up,
     numbers,
     refused,
     release,
 )
+from tests.kernel.hugepools import free_huge_pages, huge_pages
 from tests.kernel.witness import bufinfo
 from udmabufd_base.errors import RemoteError
 

@@ -14,8 +14,8 @@ import pytest
 
 from tests.conftest import open_fds
 from tests.kernel.buffers import MIB, mapped
-from tests.kernel.demands import huge_pages
 from tests.kernel.given import given
+from tests.kernel.hugepools import huge_pages
 from tests.kernel.witness import bufinfo
 from tests.unit.test_linux_copy import beats_while_copying
 from udmabufd.core.allocator import Allocator

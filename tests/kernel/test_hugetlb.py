@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel import frames
+from tests.kernel import frames, hugepools
 from tests.kernel.buffers import MIB, PAGE, mapped
 from tests.kernel.given import (
     assert_as_told,
@@ -22,6 +22,7 @@ from tests.kernel.given import (
     given,
     request,
 )
+from tests.kernel.hugepools import HUGE, Pool, SetPool
 from tests.kernel.witness import bufinfo
 from udmabufd.core.errors import KernelLimit, NoAllocator, OutOfMemory, UdmabufUnavailable
 from udmabufd.core.hugetlb_allocator import HugetlbAllocator
@@ -32,29 +33,16 @@ from udmabufd_client.contract import UDMABUF_1G, UDMABUF_2M
 
 pytestmark = pytest.mark.guest
 
-HUGE = 2 * MIB
 PAGES = 8
-FOLDER = Path(hugepages.DIRECTORY, "hugepages-2048kB")
 
 _MAP_HUGETLB = 0x40000
-
-SetPool = Callable[[int, int], None]
 
 
 @pytest.fixture
 def set_pool() -> Iterator[SetPool]:
     """A function that sets how many huge pages there are, and how many may be made when asked for."""
-    files = [FOLDER / "nr_hugepages", FOLDER / "nr_overcommit_hugepages"]
-    before = [file.read_text() for file in files]
-
-    def write(pages: int, overcommit: int) -> None:
-        for file, value in zip(files, (pages, overcommit), strict=True):
-            file.write_text(f"{value}\n")
-            assert int(file.read_text()) == value, "the guest's memory has no room for so many huge pages"
-
-    yield write
-    for file, value in zip(files, before, strict=True):
-        file.write_text(value)
+    with hugepools.pool() as change:
+        yield change
 
 
 @pytest.fixture
@@ -75,8 +63,7 @@ def huge(exporter: UdmabufAllocator, set_pool: SetPool) -> HugetlbAllocator:
 
 def whole() -> bool:
     """Whether nothing of the pool is used, as the kernel tells."""
-    free, reserved = ((FOLDER / name).read_text().strip() for name in ("free_hugepages", "resv_hugepages"))
-    return (free, reserved) == (str(PAGES), "0")
+    return hugepools.read() == Pool(total=PAGES, free=PAGES, reserved=0, surplus=0)
 
 
 @pytest.mark.parametrize(("size", "pages"), [(1, 1), (HUGE, 1), (HUGE + 1, 2), (PAGES * HUGE, PAGES)])

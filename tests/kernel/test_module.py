@@ -29,7 +29,7 @@ from tests.kernel.buffers import (
     sealed_memfd,
 )
 from tests.kernel.cachebuffers import ATTRIBUTES, CLOEXEC, SEALS, create, create_list, is_free, memory
-from tests.kernel.importing import HUGE
+from tests.kernel.hugepools import HUGE
 from tests.kernel.witness import bufinfo
 from udmabufd.linux import dmabuf, memfd, selftest, udmabuf
 from udmabufd.linux.udmabuf import Item

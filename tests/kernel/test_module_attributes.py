@@ -37,7 +37,7 @@ from tests.kernel.cachebuffers import (
     memory,
 )
 from tests.kernel.given import charged, discharged
-from tests.kernel.importing import HUGE, huge_pages
+from tests.kernel.hugepools import HUGE, POOL, free_huge_pages, huge_pages
 from tests.kernel.pagetables import PageTables
 from udmabufd.linux import dmabuf, memfd, udmabuf
 from udmabufd_base.fd import OwnedFd
@@ -47,7 +47,6 @@ pytestmark = pytest.mark.guest
 ME = os.getpid()
 PAGES = 32
 SIZE = PAGES * PAGE
-POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _MREMAP_MAYMOVE = 1
 
 
@@ -270,11 +269,6 @@ def test_huge_pages_come_back(cache: OwnedFd, tables: PageTables, attribute: str
         assert free_huge_pages() == free
         assert (POOL / "resv_hugepages").read_text() == "0\n"
         assert kinds_of_kernel(tables, where) == {"WB"}
-
-
-def free_huge_pages() -> int:
-    """Return how many of the pool's pages nobody has."""
-    return int((POOL / "free_hugepages").read_text())
 
 
 @pytest.mark.parametrize("attribute", EXCLUSIVE)

@@ -16,7 +16,8 @@ from tests.kernel import frames, modules, v4l2
 from tests.kernel.areas import area
 from tests.kernel.buffers import PAGE, prime_import
 from tests.kernel.cachebuffers import ATTRIBUTES, KINDS, SEALS, at, create, create_list, is_free, memory
-from tests.kernel.importing import HUGE, Vivid, huge_pages
+from tests.kernel.hugepools import HUGE, huge_pages
+from tests.kernel.importing import Vivid
 from tests.kernel.pagetables import PageTables
 from tests.kernel.witness import bufinfo
 from udmabufd.linux import dmabuf, memfd, udmabuf

@@ -21,7 +21,7 @@ from tests.kernel import areas, frames, modules
 from tests.kernel.areas import area
 from tests.kernel.buffers import PAGE
 from tests.kernel.cachebuffers import ATTRIBUTES, EXCLUSIVE, create, create_list, is_free, memory
-from tests.kernel.importing import HUGE
+from tests.kernel.hugepools import HUGE
 from tests.kernel.pagetables import PageTables
 from udmabufd.linux import dmabuf, udmabuf
 from udmabufd_base.fd import OwnedFd

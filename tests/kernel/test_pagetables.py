@@ -25,7 +25,7 @@ import pytest
 from tests.kernel import areas
 from tests.kernel.buffers import MIB, PAGE, sealed_memfd
 from tests.kernel.exporters import SYSTEM_HEAP, heap_buffer
-from tests.kernel.importing import HUGE, huge_pages
+from tests.kernel.hugepools import HUGE, huge_pages
 from tests.kernel.pagetables import Attribute, Mapping, NotPresentError, PageTables, main
 from udmabufd.linux import dmabuf, drm, memfd, udmabuf
 from udmabufd_base.fd import OwnedFd

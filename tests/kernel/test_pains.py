@@ -23,7 +23,8 @@ from tests.bus.private_bus import PrivateBus
 from tests.bus.service import RunningService, own_service
 from tests.kernel import frames, unit
 from tests.kernel.buffers import MIB, PAGE, mapped
-from tests.kernel.demands import allocators, demands, huge_pages, made_up, modprobe, release
+from tests.kernel.demands import allocators, demands, made_up, modprobe, release
+from tests.kernel.hugepools import huge_pages
 from tests.kernel.witness import bufinfo
 from udmabufd_base.errors import RemoteError
 from udmabufd_client.importers import verify

@@ -15,7 +15,8 @@ import pytest
 
 from tests.kernel import v4l2
 from tests.kernel.buffers import PAGE, exported, mapped
-from tests.kernel.importing import HUGE, Vivid, adjacent, one_piece
+from tests.kernel.hugepools import HUGE
+from tests.kernel.importing import Vivid, adjacent, one_piece
 from tests.kernel.v4l2 import queued
 from tests.kernel.witness import bufinfo
 from udmabufd.linux import dmabuf

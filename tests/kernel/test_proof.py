@@ -8,12 +8,12 @@ import os
 import socket
 import subprocess
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.kernel.buffers import PAGE, exported, sealed_memfd
+from tests.kernel.hugepools import HUGE, huge_pages
 from tests.kernel.keepers import Keeper, drm_import, duplicate, fork, in_flight, mapping, o_path
 from tests.kernel.threads import lets_others_run
 from udmabufd.linux import fdstat, memfd, udmabuf
@@ -93,17 +93,12 @@ def test_others_run_meanwhile(device: OwnedFd) -> None:
 
 def test_huge_pages(device: OwnedFd) -> None:
     """The proof holds for them as well."""
-    pool = Path("/proc/sys/vm/nr_hugepages")
-    before, size = pool.read_text(), 2 << 20
-    with ExitStack() as stack:
-        stack.callback(pool.write_text, before)
-        pool.write_text("2")
-        with memfd.create("huge", size, huge_page=size) as backing:
-            memfd.populate(backing.fileno(), size)
-            memfd.add_seals(backing.fileno(), memfd.F_SEAL_SHRINK)
-            with udmabuf.create(device.fileno(), backing.fileno(), 0, PAGE):
-                assert not memfd.prove_free(backing.fileno())
-            assert free_soon(backing)
+    with huge_pages(2), memfd.create("huge", HUGE, huge_page=HUGE) as backing:
+        memfd.populate(backing.fileno(), HUGE)
+        memfd.add_seals(backing.fileno(), memfd.F_SEAL_SHRINK)
+        with udmabuf.create(device.fileno(), backing.fileno(), 0, PAGE):
+            assert not memfd.prove_free(backing.fileno())
+        assert free_soon(backing)
 
 
 def test_identity_of_dma_bufs(device: OwnedFd) -> None:

@@ -19,7 +19,8 @@ from tests.bus.service import RunningService
 from tests.kernel import frames, v4l2
 from tests.kernel.buffers import MIB, mapped
 from tests.kernel.demands import demands
-from tests.kernel.importing import HUGE, Vivid, drm_nodes, huge_pages, loaded
+from tests.kernel.hugepools import HUGE, huge_pages
+from tests.kernel.importing import Vivid, drm_nodes, loaded
 from tests.kernel.v4l2 import ctl, queued
 from tests.kernel.witness import bufinfo
 from udmabufd_base.fd import OwnedFd
@@ -43,7 +44,7 @@ def bochs() -> Iterator[list[Path]]:
 
 @pytest.fixture
 def pool() -> Iterator[None]:
-    """Huge pages for udmabuf-2M."""
+    """Huge pages for udmabuf-2M. Before `peer`, so that its buffers are gone when they are to be back."""
     with huge_pages(4):
         yield
 
@@ -58,7 +59,7 @@ class Made:
 
 
 @pytest.fixture
-async def made(service: RunningService, peer: Peer, pool: None) -> list[Made]:
+async def made(pool: None, service: RunningService, peer: Peer) -> list[Made]:
     """2 MiB in many pieces, and 2 MiB in one, which pagemap tells of the memfd that the service has for each."""
     buffers = []
     with frames.scattered(16 * MIB):
@@ -80,7 +81,7 @@ async def explained(peer: Peer, allocator: str, **values: Any) -> dict[str, Any]
 
 
 async def test_the_service_and_the_kernel_agree_on_every_device(
-    peer: Peer, vivid: Vivid, vgem: Path, virtio_gpu: list[Path], bochs: list[Path], made: list[Made]
+    pool: None, peer: Peer, vivid: Vivid, vgem: Path, virtio_gpu: list[Path], bochs: list[Path], made: list[Made]
 ) -> None:
     """Both verdicts occur. Where the service refuses what the driver takes, pictures get lost in it."""
     (rows,) = await peer.call("ListDevices")
@@ -194,7 +195,7 @@ async def test_a_buffer_for_two_devices_is_imported_and_captured_into(
         assert found == expected
 
 
-async def test_one_piece_that_was_asked_for_is_attached(peer: Peer, vivid: Vivid, pool: None) -> None:
+async def test_one_piece_that_was_asked_for_is_attached(pool: None, peer: Peer, vivid: Vivid) -> None:
     """By constraints: huge pages, which the importer that wants one piece attaches to."""
     wanted = {"contiguous": True, "address_bits": 32}
     _, fd, info = await peer.allocate(size=HUGE, constraints=demands(**wanted))

@@ -19,7 +19,8 @@ import pytest
 from tests.conftest import open_fds
 from tests.kernel import v4l2
 from tests.kernel.buffers import PAGE, exported
-from tests.kernel.importing import HUGE, Vivid, drm_nodes, loaded, one_piece, scattered
+from tests.kernel.hugepools import HUGE
+from tests.kernel.importing import Vivid, drm_nodes, loaded, one_piece, scattered
 from tests.kernel.v4l2 import ctl, queued
 from tests.kernel.witness import bufinfo
 from tests.unit.headers import layout, values

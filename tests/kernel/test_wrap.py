@@ -19,6 +19,7 @@ from tests.bus.memfds import SEALS, clients_memfd, entries, peer_of, reopened, u
 from tests.bus.peer import Peer, error
 from tests.bus.service import RunningService
 from tests.kernel.buffers import MIB, PAGE, mapped, one_fallocate, poison_free_memory, sealed_memfd
+from tests.kernel.hugepools import HUGE, huge_pages
 from tests.kernel.keepers import duplicate, in_flight, mapping
 from tests.kernel.witness import bufinfo, descriptors, memory_current
 from udmabufd.linux import memfd
@@ -30,7 +31,6 @@ pytestmark = pytest.mark.guest
 SLICE = "udmabufd.slice"
 ALICE = 1000
 SIZE = 8 * PAGE
-HUGE = 2 << 20
 GROUP = Path("/sys/fs/cgroup/udmabufd-wrap-test")
 
 Keeper = Callable[[OwnedFd], AbstractContextManager[None]]
@@ -258,28 +258,22 @@ async def test_every_refusal_names_its_cause(service: RunningService, peer: Peer
 @pytest.mark.usefixtures("quiet")
 async def test_huge_pages_are_wrapped_whole(peer: Peer) -> None:
     """The kernel pins all of such a page for any part of it."""
-    pool = Path("/proc/sys/vm/nr_hugepages")
-    before = pool.read_text()
-    pool.write_text("2\n")
-    try:
-        with memfd.create("huge", 2 * HUGE, huge_page=HUGE) as own:
-            with mmap.mmap(own.fileno(), 2 * HUGE) as view:
-                view[:4] = b"huge"
-                view[HUGE : HUGE + 4] = b"huge"
-            memfd.add_seals(own.fileno(), SEALS)
-            for offset, size in ((0, PAGE), (PAGE, HUGE), (HUGE, HUGE - PAGE)):
-                cause = f"range 0: offset {offset} and size {size} must be multiples of {HUGE}"
-                await refused(peer, cause, [own], [(0, offset, size)])
-            path, info = await wrap(peer, [own], [(0, HUGE, HUGE)])
-            fd = await get_fd(peer, path)
-            assert info["size"] == (await entries(peer))[path]["charged"] == HUGE
-            with mapped(fd, HUGE) as shown:
-                assert shown[:4].tobytes() == b"huge"
-            await peer.call("Release", path=path)
-            fd.close()
-            await gone(peer, path)
-    finally:
-        pool.write_text(before)
+    with huge_pages(2), memfd.create("huge", 2 * HUGE, huge_page=HUGE) as own:
+        with mmap.mmap(own.fileno(), 2 * HUGE) as view:
+            view[:4] = b"huge"
+            view[HUGE : HUGE + 4] = b"huge"
+        memfd.add_seals(own.fileno(), SEALS)
+        for offset, size in ((0, PAGE), (PAGE, HUGE), (HUGE, HUGE - PAGE)):
+            cause = f"range 0: offset {offset} and size {size} must be multiples of {HUGE}"
+            await refused(peer, cause, [own], [(0, offset, size)])
+        path, info = await wrap(peer, [own], [(0, HUGE, HUGE)])
+        fd = await get_fd(peer, path)
+        assert info["size"] == (await entries(peer))[path]["charged"] == HUGE
+        with mapped(fd, HUGE) as shown:
+            assert shown[:4].tobytes() == b"huge"
+        await peer.call("Release", path=path)
+        fd.close()
+        await gone(peer, path)
 
 
 @pytest.mark.usefixtures("quiet")

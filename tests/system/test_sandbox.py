@@ -17,7 +17,8 @@ import pytest
 
 from tests.bus.peer import Peer, plain
 from tests.kernel import unit
-from tests.kernel.demands import allocators, free_huge_pages, huge_pages, modprobe, refused, release
+from tests.kernel.demands import allocators, modprobe, refused, release
+from tests.kernel.hugepools import free_huge_pages, huge_pages
 from tests.unit.tools import TOP, drop_in
 from udmabufd.core.events import Event
 from udmabufd_base.fd import OwnedFd
