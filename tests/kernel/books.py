@@ -51,7 +51,7 @@ def contradictions(listed: Entries, bytes_charged: int, in_store: dict[str, list
     """Return what the list, the ledger, the store and the kernel do not agree about."""
     found = []
     known = set(bufinfo())
-    present = {entry["inode"] for entry in listed.values() if "inode" in entry and entry["state"] != "evicted"}
+    present = {entry["inode"] for entry in listed.values() if "inode" in entry}
     if known != present:
         found.append(f"dma-bufs of the machine {sorted(known)}, of the list {sorted(present)}")
     expected = sum(entry["charged"] for entry in listed.values() if entry["state"] != "evicted")
@@ -62,10 +62,11 @@ def contradictions(listed: Entries, bytes_charged: int, in_store: dict[str, list
         found.append("the state is not stored, or more than once")
     evicted = 0
     for own, entry in listed.items():
-        if "inode" not in entry:
-            continue
         if entry["state"] == "evicted":
+            # What it comes back from has an inode that nobody is told.
             evicted += 1
+            continue
+        if "inode" not in entry:
             continue
         count = 2 if entry["allocator"] in (UDMABUF, UDMABUF_2M) else 1
         own_file = "dmabuf", entry["inode"]

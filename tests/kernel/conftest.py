@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.bus.peer import Peer
 from tests.bus.service import RunningService
-from tests.kernel import unit
+from tests.kernel import leftovers, unit
 from tests.kernel.accord import settled
+from tests.kernel.dynamic import ALICE, BOB, Importer, importer
 from tests.kernel.importing import Vivid, drm_nodes, loaded
 from udmabufd.linux import udmabuf
 from udmabufd_base.fd import OwnedFd
+
+_FAILED = pytest.StashKey[bool]()
 
 
 @pytest.fixture
@@ -70,13 +73,49 @@ def virtio_gpu() -> Iterator[list[Path]]:
         yield [card, render]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note which tests fail, for the fixtures that clear up after them."""
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
+
+
 @pytest.fixture
-async def root(service: RunningService) -> AsyncIterator[Peer]:
-    """Who looks on, when nothing is left of the tests before."""
+async def root(service: RunningService, request: pytest.FixtureRequest) -> AsyncIterator[Peer]:
+    """Who looks on, when nothing is left of the tests before; and nothing is left of this one afterwards."""
+    await _nothing_is_left(service)
+    before = leftovers.numbers()
     peer = await Peer.connect(service.address)
-    await unit.serving(peer)
-    assert await settled(peer) == {}
-    yield peer
-    await unit.serving(peer)
-    assert await settled(peer) == {}
-    peer.close()
+    try:
+        yield peer
+    finally:
+        peer.close()
+    if _FAILED in request.node.stash:
+        leftovers.end(before)
+    await _nothing_is_left(service)
+
+
+async def _nothing_is_left(service: RunningService) -> None:
+    peer = await Peer.connect(service.address)
+    try:
+        await unit.serving(peer)
+        assert await settled(peer) == {}
+    finally:
+        peer.close()
+
+
+@pytest.fixture
+async def alice(root: Peer, service: RunningService) -> AsyncIterator[Importer]:
+    """An importer of an ordinary user's."""
+    # `root` looks on until she has gone.
+    async with importer(service.address, ALICE) as one:
+        yield one
+
+
+@pytest.fixture
+async def bob(root: Peer, service: RunningService) -> AsyncIterator[Importer]:
+    """Another user's."""
+    async with importer(service.address, BOB) as one:
+        yield one

@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,9 +23,9 @@ from tests.interop.users import User
 from tests.kernel import frames
 from tests.kernel.books import agreed, charged, entry, usage
 from tests.kernel.buffers import MIB, PAGE
-from tests.kernel.demands import attach, create, free_huge_pages, get_fd, numbers, refused, release, share
+from tests.kernel.demands import attach, create, get_fd, numbers, refused, release, share
 from tests.kernel.dynamic import ALICE, BOB, FULL, NULL, ZERO, Importer, contents, fill, importer, pattern
-from tests.kernel.importing import HUGE, huge_pages
+from tests.kernel.hugepools import HUGE, free_huge_pages, huge_pages
 from tests.kernel.witness import bufinfo
 from tests.system.books import entries
 from udmabufd_base.codec import Variant
@@ -38,18 +38,6 @@ TIMEOUT = 5.0
 
 AT_ONCE = 2.5
 """Seconds, of an emulated machine, for what is not to wait for anybody."""
-
-
-@pytest.fixture
-async def alice(service: RunningService) -> AsyncIterator[Importer]:
-    async with importer(service.address, ALICE) as one:
-        yield one
-
-
-@pytest.fixture
-async def bob(service: RunningService) -> AsyncIterator[Importer]:
-    async with importer(service.address, BOB) as one:
-        yield one
 
 
 @pytest.fixture
@@ -185,7 +173,7 @@ async def test_a_process_that_is_stopped(
             await third.leave(path)
 
 
-async def test_what_holds_it_in_place(alice: Importer, bob: Importer, root: Peer) -> None:
+async def test_what_holds_it_in_place(root: Peer, alice: Importer, bob: Importer) -> None:
     """A descriptor without a dynamic attachment, a static attachment, a pin: Busy at once, and nobody is asked."""
     path = await shared(PAGE, alice, bob)
     (ticket,) = await alice.call("GetTicket", path=path)
@@ -237,27 +225,27 @@ async def test_what_a_move_of_another_user_leaves(root: Peer, alice: Importer, b
     fill(alice.uses[path].own, pattern(size))
     use = alice.uses[path]
     use.obeys = False
-    old, inode = use.own.dup(), use.info["inode"]
-    moving = asyncio.create_task(bob.call("Move", "a{sv}", to("heap:system"), path=path))
-    await alice.told(path, "MoveNotify", 2)
-    # Both memories are hers until it is known whether it moves, and he has paid for what will be left of one.
-    assert await usage(root) == {ALICE: (2 * size, 0), BOB: (size, 0)}
-    use.obeys = True
-    await alice.call("MoveReady", "ut", use.number, 2, path=path)
-    assert await moving == [2]
-    for one in (alice, bob):
-        await one.moved(path, 2)
+    inode = use.info["inode"]
+    with use.own.dup() as old:
+        moving = asyncio.create_task(bob.call("Move", "a{sv}", to("heap:system"), path=path))
+        await alice.told(path, "MoveNotify", 2)
+        # Both memories are hers until it is known whether it moves, and he has paid for what will be left of one.
+        assert await usage(root) == {ALICE: (2 * size, 0), BOB: (size, 0)}
+        use.obeys = True
+        await alice.call("MoveReady", "ut", use.number, 2, path=path)
+        assert await moving == [2]
+        for one in (alice, bob):
+            await one.moved(path, 2)
 
-    assert await usage(root) == {ALICE: (size, 0), BOB: (size, size)}
-    hers, his = await entries(alice), await entries(bob)
-    assert hers.keys() == {own}
-    assert (hers[own]["state"], hers[own]["charged"], hers[own]["allocator"]) == ("backed", size, "heap:system")
-    (left,) = his.keys() - hers.keys()
-    assert his.keys() == {own, left}
-    assert (his[left]["state"], his[left]["charged"], his[left]["inode"]) == ("lingering", size, inode)
-    assert bufinfo().keys() == {inode, use.info["inode"]}
-    assert contents(old, size) == pattern(size)
-    old.close()
+        assert await usage(root) == {ALICE: (size, 0), BOB: (size, size)}
+        hers, his = await entries(alice), await entries(bob)
+        assert hers.keys() == {own}
+        assert (hers[own]["state"], hers[own]["charged"], hers[own]["allocator"]) == ("backed", size, "heap:system")
+        (left,) = his.keys() - hers.keys()
+        assert his.keys() == {own, left}
+        assert (his[left]["state"], his[left]["charged"], his[left]["inode"]) == ("lingering", size, inode)
+        assert bufinfo().keys() == {inode, use.info["inode"]}
+        assert contents(old, size) == pattern(size)
 
     async def freed() -> bool:
         return await usage(root) == {ALICE: (size, 0)}
@@ -266,12 +254,11 @@ async def test_what_a_move_of_another_user_leaves(root: Peer, alice: Importer, b
     assert bufinfo().keys() == {use.info["inode"]}
 
     # What she moves herself, she pays for.
-    old = use.own.dup()
-    await alice.call("Move", "a{sv}", to("udmabuf"), path=path)
-    for one in (alice, bob):
-        await one.moved(path, 3)
-    assert await usage(root) == {ALICE: (2 * size, size)}
-    old.close()
+    with use.own.dup():
+        await alice.call("Move", "a{sv}", to("udmabuf"), path=path)
+        for one in (alice, bob):
+            await one.moved(path, 3)
+        assert await usage(root) == {ALICE: (2 * size, size)}
     await until(freed)
     assert contents(bob.uses[path].own, size) == pattern(size)
     for one in (alice, bob):
@@ -288,55 +275,54 @@ async def test_who_comes_meanwhile(
     (ticket,) = await alice.call("GetTicket", path=path)
     use = bob.uses[path]
     use.obeys = False
-    old = use.own.dup()
-    moving = asyncio.create_task(alice.call("Move", "a{sv}", to("heap:system"), path=path))
-    await bob.told(path, "MoveNotify", 2)
-    waiting: list[asyncio.Task[Any]] = [
-        asyncio.create_task(work)
-        for work in (
-            peer.import_fd(old),
-            other.call("ImportTicket", "s", ticket),
-            get_fd(bob, path, use.number),
-            attach(bob, path, ZERO, dynamic=True),
-            bob.call("Pin", "u", use.number, path=path),
-            alice.call("SetName", "s", "renamed", path=path),
-        )
-    ]
-    with refused("Busy"):
-        await alice.call("Move", "a{sv}", to("udmabuf"), path=path)
-    with refused("Busy"):
-        await alice.call("Evict", path=path)
-    for number, serial in ((use.number, 1), (use.number, 3), (use.number + 1, 2), (alice.uses[path].number, 2)):
-        with refused("Busy", "InvalidSpec"):
-            await (alice if number == 1 else bob).call("MoveReady", "ut", number, serial, path=path)
-    assert await bob.get("State", path=path) == "moving"
-    for one in (peer, other, bob, alice):
-        # What was sent before on the same connection has been looked at by the answer.
-        await one.get("Version")
-    assert not moving.done()
-    assert not any(task.done() for task in waiting)
-    await bob.call("MoveReady", "ut", use.number, 2, path=path)
-    assert await moving == [2]
-    by_fd, by_ticket, (new, info), (number, _), _, _ = await asyncio.gather(*waiting)
-    assert by_fd[0] == by_ticket[0] == path
-    assert by_fd[1]["serial"] == info["serial"] == 2
-    assert by_fd[1]["allocator"] == info["allocator"] == "heap:system"
-    assert contents(new, size) == pattern(size)
-    assert os.fstat(new.fileno()).st_ino == info["inode"] == by_fd[1]["inode"] == by_ticket[1]["inode"].value
-    assert number == 3
-    assert (await entry(root, path))["name"] == "renamed"
-    # After it, the old descriptor is still one of this buffer, and who comes by it holds it in place.
-    await bob.call("Unpin", "u", use.number, path=path)
-    await peer.call("Release", path=path)
-    await other.call("Release", path=path)
-    again, said = await peer.import_fd(old)
-    assert (again, said["serial"], said["inode"]) == (path, 2, info["inode"])
-    with refused("Busy"):
-        await alice.call("Move", "a{sv}", to("udmabuf"), path=path)
-    fd, _ = await get_fd(peer, path)
-    assert contents(fd, size) == pattern(size)
-    await release(peer, path, fd)
-    old.close()
+    with use.own.dup() as old:
+        moving = asyncio.create_task(alice.call("Move", "a{sv}", to("heap:system"), path=path))
+        await bob.told(path, "MoveNotify", 2)
+        waiting: list[asyncio.Task[Any]] = [
+            asyncio.create_task(work)
+            for work in (
+                peer.import_fd(old),
+                other.call("ImportTicket", "s", ticket),
+                get_fd(bob, path, use.number),
+                attach(bob, path, ZERO, dynamic=True),
+                bob.call("Pin", "u", use.number, path=path),
+                alice.call("SetName", "s", "renamed", path=path),
+            )
+        ]
+        with refused("Busy"):
+            await alice.call("Move", "a{sv}", to("udmabuf"), path=path)
+        with refused("Busy"):
+            await alice.call("Evict", path=path)
+        for number, serial in ((use.number, 1), (use.number, 3), (use.number + 1, 2), (alice.uses[path].number, 2)):
+            with refused("Busy", "InvalidSpec"):
+                await (alice if number == 1 else bob).call("MoveReady", "ut", number, serial, path=path)
+        assert await bob.get("State", path=path) == "moving"
+        for one in (peer, other, bob, alice):
+            # What was sent before on the same connection has been looked at by the answer.
+            await one.get("Version")
+        assert not moving.done()
+        assert not any(task.done() for task in waiting)
+        await bob.call("MoveReady", "ut", use.number, 2, path=path)
+        assert await moving == [2]
+        by_fd, by_ticket, (new, info), (number, _), _, _ = await asyncio.gather(*waiting)
+        assert by_fd[0] == by_ticket[0] == path
+        assert by_fd[1]["serial"] == info["serial"] == 2
+        assert by_fd[1]["allocator"] == info["allocator"] == "heap:system"
+        assert contents(new, size) == pattern(size)
+        assert os.fstat(new.fileno()).st_ino == info["inode"] == by_fd[1]["inode"] == by_ticket[1]["inode"].value
+        assert number == 3
+        assert (await entry(root, path))["name"] == "renamed"
+        # After it, the old descriptor is still one of this buffer, and who comes by it holds it in place.
+        await bob.call("Unpin", "u", use.number, path=path)
+        await peer.call("Release", path=path)
+        await other.call("Release", path=path)
+        again, said = await peer.import_fd(old)
+        assert (again, said["serial"], said["inode"]) == (path, 2, info["inode"])
+        with refused("Busy"):
+            await alice.call("Move", "a{sv}", to("udmabuf"), path=path)
+        fd, _ = await get_fd(peer, path)
+        assert contents(fd, size) == pattern(size)
+        await release(peer, path, fd)
     new.close()
     for one in (alice, bob):
         await one.leave(path)

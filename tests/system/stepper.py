@@ -2,9 +2,9 @@
 """The daemon with a trap in it: runs its main, and kills itself with SIGKILL before the step that a test names.
 
 Steps are what others can see of it and what a restart finds: a datagram to the store, a write to the state, a seal or
-a name for the kernel, the end of a memory, an answer on the bus. Between two of them a kill leaves the same whenever
-it comes, so one before each of them is one between any two. The program's code is the production code; everything here
-is put around it from outside.
+a name for the kernel, the end of a memory, a piece of a copy, an answer on the bus or a notice of a move. Between two
+of them a kill leaves the same whenever it comes, so one before each of them is one between any two. The program's code
+is the production code; everything here is put around it from outside.
 
     stepper.py [ARGUMENTS OF udmabufd]
 
@@ -31,6 +31,9 @@ GRACE = "UDMABUFD_STEPPER_GRACE"
 PIPES = "UDMABUFD_STEPPER_PIPES"
 ARMED = "UDMABUFD_STEPPER_ARMED"
 
+PIECE = 1 << 20
+"""Bytes of a piece of a copy."""
+
 FOLDER = Path(__file__).resolve().parents[2]
 
 
@@ -40,9 +43,9 @@ class Stepper:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def arm(self, step: int) -> None:
-        """Count steps from now on, and die before number `step`; 0 is never."""
-        self._order(do="arm", step=step)
+    def arm(self, step: int, of: str = "") -> None:
+        """Count steps from now on, and die before number `step` of those that begin with `of`; 0 is never."""
+        self._order(do="arm", step=step, of=of)
 
     def trail(self) -> list[str]:
         """Return the steps that were taken since arm()."""
@@ -66,7 +69,8 @@ class Trap:
 
     def __init__(self, name: str) -> None:
         self._lock = threading.Lock()
-        self._at = 0
+        self._left = 0
+        self._of = ""
         self._trail: list[str] | None = None
         self.references = 0
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -80,7 +84,8 @@ class Trap:
             if self._trail is None:
                 return
             self._trail.append(what)
-            if len(self._trail) == self._at:
+            self._left -= what.startswith(self._of)
+            if self._left == 0 and what.startswith(self._of):
                 os.kill(os.getpid(), signal.SIGKILL)
                 threading.Event().wait()
 
@@ -102,9 +107,9 @@ class Trap:
                 order = json.loads(lines.readline())
                 lines.write(json.dumps(getattr(self, f"do_{order.pop('do')}")(**order)) + "\n")
 
-    def do_arm(self, step: int) -> None:
+    def do_arm(self, step: int, of: str = "") -> None:
         with self._lock:
-            self._at, self._trail = step, []
+            self._left, self._of, self._trail = step, of, []
 
     def do_trail(self) -> list[str]:
         with self._lock:
@@ -136,7 +141,8 @@ def patch(owner: Any, **values: Any) -> None:
 def set_trap(trap: Trap) -> None:
     """Put steps around what the daemon does."""
     from udmabufd.core import memory, state
-    from udmabufd.linux import memfd
+    from udmabufd.core.moves import Notice
+    from udmabufd.linux import copy, memfd
     from udmabufd.system import store_socket
     from udmabufd_base.connection import Connection
     from udmabufd_base.message import MessageType
@@ -146,14 +152,27 @@ def set_trap(trap: Trap) -> None:
         return None if "BARRIER" in text else "store: " + text.splitlines()[0]
 
     def answered(_self: Any, message: Any, _fds: Any = ()) -> str | None:
-        answers = (MessageType.METHOD_RETURN, MessageType.ERROR)
-        return f"bus: {message.type.name}" if message.type in answers else None
+        if message.type in (MessageType.METHOD_RETURN, MessageType.ERROR):
+            return f"bus: {message.type.name}"
+        return f"bus: {message.member}" if message.member in tuple(Notice) else None
+
+    whole_copy = copy.copy
+
+    def copying(*args: Any, progress: Callable[[int], None], **keywords: Any) -> bool:
+        def piece(done: int) -> None:
+            trap.step("copy: piece")
+            progress(done)
+
+        trap.step("copy: begin")
+        # Small ones, so that small buffers have several.
+        return whole_copy(*args, progress=piece, piece=PIECE, **keywords)
 
     trap.before(store_socket.StoreSocket, "_send", said)
     trap.before(Connection, "send", answered)
     trap.before(memory.Memory, "close", lambda _: "memory: close")
     trap.before(memory.Memory, "set_name", lambda *_: "kernel: set_name")
     trap.before(memfd, "prove_free", lambda _: "kernel: prove_free")
+    patch(copy, copy=copying)
     patch(state, os=Stepping(trap, ("pwrite", "ftruncate"), "state"))
 
 
