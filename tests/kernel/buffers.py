@@ -92,6 +92,9 @@ def bare_mapping(fd: int, size: int) -> Iterator[None]:
         _libc.munmap(address, size)
 
 
-def prime_import(card: int, dma_buf: OwnedFd) -> None:
-    """Import a dma-buf into a DRM device, which has it until the device's file is closed."""
-    fcntl.ioctl(card, DRM_IOCTL_PRIME_FD_TO_HANDLE, bytearray(struct.pack("=IIi", 0, 0, dma_buf.fileno())))
+def prime_import(card: int, dma_buf: OwnedFd) -> int:
+    """Import a dma-buf into a DRM device, which has it until the device's file is closed; return its GEM handle."""
+    request = bytearray(struct.pack("=IIi", 0, 0, dma_buf.fileno()))
+    fcntl.ioctl(card, DRM_IOCTL_PRIME_FD_TO_HANDLE, request)
+    handle: int = struct.unpack("=IIi", request)[0]
+    return handle

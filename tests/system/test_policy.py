@@ -113,13 +113,14 @@ async def test_only_root_may_set_a_property(service: RunningService, open_as: Op
     where = (LOG_CONTROL_PATH, LOG_CONTROL_INTERFACE)
     root, nobody = await open_as(service.address, 0), await open_as(service.address, NOBODY)
     before = await root.get("LogLevel", *where)
-    value = [LOG_CONTROL_INTERFACE, "LogLevel", Variant("s", "err" if before != "err" else "crit")]
+    other = "err" if before != "err" else "crit"
+    value = [LOG_CONTROL_INTERFACE, "LogLevel", Variant("s", other)]
     assert await refused(nobody, LOG_CONTROL_PATH, PROPERTIES, "Set", "ssv", *value) == ACCESS_DENIED
     # Nor by leaving out what the rules look for.
     assert await refused(nobody, LOG_CONTROL_PATH, "", "Set", "ssv", *value) == ACCESS_DENIED
     assert await nobody.get("LogLevel", *where) == before
     await root.call("Set", "ssv", *value, path=LOG_CONTROL_PATH, interface=PROPERTIES)
-    assert await nobody.get("LogLevel", *where) == value[2].value
+    assert await nobody.get("LogLevel", *where) == other
     await root.call("Set", "ssv", *value[:2], Variant("s", before), path=LOG_CONTROL_PATH, interface=PROPERTIES)
 
 
