@@ -67,6 +67,9 @@ class Attached(NamedTuple):
 ORDINARY = "udmabuf"
 """The allocator whose memory has a memfd of the service's own."""
 
+PROVABLE = (ORDINARY, "udmabuf-2M")
+"""Allocators of whose memory it can be told whether anything, an O_PATH descriptor, too, references it."""
+
 FIRST = {"dma-buf": ORDINARY}
 """The allocator that is asked first for a kind; others are called as the kind is."""
 
@@ -134,7 +137,7 @@ class Known:
     @property
     def free(self) -> bool:
         """Whether nothing references the memory that nobody holds, as far as the service can tell."""
-        return self.state == "lingering" and not self.fds and (self.allocator != ORDINARY or not self.paths)
+        return self.state == "lingering" and not self.fds and (self.allocator not in PROVABLE or not self.paths)
 
     @property
     def movable(self) -> bool:
