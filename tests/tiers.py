@@ -286,9 +286,9 @@ def all_tiers(arguments: argparse.Namespace, python: str, extra: list[str]) -> l
     # Once with a kernel that shows what was in memory before, otherwise as Debian boots it, and without page attribute
     # tables for what depends on them.
     for name, minutes, bus, options in (
-        ("dbus-daemon", 27, "dbus-daemon", ["--append", "init_on_alloc=0"]),
+        ("dbus-daemon", 31, "dbus-daemon", ["--append", "init_on_alloc=0"]),
         ("dbus-broker", 12, "dbus-broker", []),
-        ("moves", 8, "dbus-daemon", []),
+        ("moves", 12, "dbus-daemon", []),
         ("nopat", 2.5, "dbus-daemon", ["--append", "nopat"]),
     ):
         guest = ["tests/vm/run", "--bus", bus, *options, "--timeout", seconds]
