@@ -282,7 +282,7 @@ def all_tiers(arguments: argparse.Namespace, python: str, extra: list[str]) -> l
     ]
     for library in LIBRARIES:
         tiers.append(Tier(f"bus ({library})", 2.5, pytest("tests/bus"), common | {"UDMABUFD_DBUS_LIBRARY": library}))
-    seconds = str(3 * 3600 if arguments.long else 3000)
+    seconds = str(3 * 3600 if arguments.long else 4200)
     # Once with a kernel that shows what was in memory before, otherwise as Debian boots it, and without page attribute
     # tables for what depends on them.
     for name, minutes, bus, options in (
