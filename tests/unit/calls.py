@@ -176,6 +176,9 @@ class Calls(Compared):
                 for known in new:
                     known.back({"dma-buf": ORDINARY}.get(kind, kind))
                     known.loosen(client)
+                    if brought is not None:
+                        # Wrapped once before, it has what was written then.
+                        known.content = self.machine.read(brought)
             self.happened["attached with a buffer"] += bool(devices)
 
         def done(answer: Any) -> None:
