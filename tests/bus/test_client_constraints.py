@@ -192,8 +192,7 @@ async def test_devices_of_a_spec_are_the_callers_attachments(client: aio.Client,
         assert [row.own for row in rows or ()] == [True, True]
         await buffer.own_attachments[0].detach()
         third = await buffer.attach(DEVICES[0])
-        assert third.number == 3
-        assert buffer.attachments is None
+        assert (third.number, buffer.attachments) == (3, None)
         await buffer.refresh()
         assert [(row.number, row.device) for row in buffer.attachments or ()] == [(2, DEVICES[1]), (3, DEVICES[0])]
         buffer.close()

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -476,6 +476,7 @@ def test_the_blocking_client_lends_descriptors_too(service: RunningService, bloc
     closed = sync.Client.connect(service.address, timeout=60)
     closed.close()
     with wrappable_memfd("mine", PAGE) as memfd:
-        for call in (lambda: closed.import_fd(memfd), lambda: closed.wrap([memfd])):
+        calls: list[Callable[[], sync.Buffer]] = [lambda: closed.import_fd(memfd), lambda: closed.wrap([memfd])]
+        for call in calls:
             with pytest.raises(errors.ServiceUnavailable, match="closed"):
                 call()

@@ -65,6 +65,10 @@ def inode(buffer: Buffer) -> int:
     return os.fstat(buffer.fileno()).st_ino
 
 
+def first_byte(buffer: Buffer) -> bytes:
+    return bytes(np.asarray(buffer)[:1])
+
+
 def touch(buffer: Buffer) -> None:
     with buffer.map():
         pass
@@ -662,7 +666,7 @@ async def test_closing_meanwhile_leaves_nothing(mover: Mover, client: Client, ba
         attachment = await buffer.attach(CAMERA, dynamic=True)
         mover.ask(attachment.number)
         await mover.ready(before + 1)
-        waiting = asyncio.create_task(asyncio.to_thread(lambda buffer=buffer: bytes(np.asarray(buffer)[:1])))
+        waiting = asyncio.create_task(asyncio.to_thread(first_byte, buffer))
         if close:
             buffer.close()
             with pytest.raises(ValueError, match="closed"):
@@ -721,7 +725,7 @@ async def test_the_end_of_the_client_lets_those_go_who_wait(open_bus: PrivateBus
     mover.ask(1)
     move = await anext(stream)
     await move.ready()
-    waiting = asyncio.create_task(asyncio.to_thread(lambda: bytes(np.asarray(buffer)[:1])))
+    waiting = asyncio.create_task(asyncio.to_thread(first_byte, buffer))
     await seen(client)
     await client.close()
     assert await waiting == b"\0"

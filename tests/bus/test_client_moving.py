@@ -38,7 +38,7 @@ def written(client: Client) -> Buffer:
     buffer = client.allocate(size=SIZE, name="moving")
     buffer.attach(NULL, dynamic=True)
     with buffer.cpu_access(read=False) as view:
-        view[:] = PATTERN
+        view[:] = PATTERN.data
     return buffer
 
 

@@ -388,7 +388,7 @@ async def test_a_blocking_program_moves_without_its_doing(
         mover.ask(1, evict=True)
         await mover.ready(count + 1)
         mover.evict()
-    assert await in_thread(lambda: os.close(buffer.steal_fd())) is None
+    await in_thread(lambda: os.close(buffer.steal_fd()))
     buffer.close()
 
 
@@ -401,12 +401,12 @@ async def test_a_blocking_call_answers_for_the_buffer_that_it_waits_for(
     buffer = await dynamic(blocking)
     before = mover.fake.answers.get(member, moves_at_once(mover, 1))
     mover.fake.answers[member] = taken.append
-    calls_of = {
+    calls_of: dict[str, Callable[[], object]] = {
         "Attach": lambda: buffer.attach(CARD, dynamic=True),
         "GetFd": lambda: buffer.get_fd(attachment=buffer.own_attachments[0]),
         "Move": lambda: buffer.move(),
     }
-    waiting = in_thread(calls_of[member])  # type: ignore[arg-type]
+    waiting = in_thread(calls_of[member])
     await until(lambda: bool(taken))
     mover.ask(1)
     assert await mover.ready() == [[1, 2]]

@@ -276,7 +276,7 @@ class Relocations(Calls):
         """
         self._staying = {client}
         reasons = [Busy] if known.held_in_place(self.now, answering) else []
-        errors = (*reasons, error) if error is not None else tuple(reasons)
+        errors: Errors = (*reasons, error) if error is not None else tuple(reasons)
         self.happened["held in place"] += bool(reasons)
 
         def expected() -> Errors | None:

@@ -101,6 +101,15 @@ def test_types() -> None:
     run("mypy", "--strict", "daemon", "client")
 
 
+def test_types_of_the_tests() -> None:
+    run("mypy", "--exclude", "^tests/tiers.py$", "tests")
+
+
+def test_types_of_what_runs_the_tests() -> None:
+    # A script: its imports begin at its own folder.
+    run("mypy", "tests/tiers.py", MYPYPATH="tests")
+
+
 def test_types_of_the_manuals_generator() -> None:
     path = os.pathsep.join(["daemon", "client", "systemd/man"])
     run("mypy", "--strict", *sorted(path for path in (TOP / "systemd/man").glob("*.py")), MYPYPATH=path)

@@ -97,7 +97,12 @@ def test_a_verb_that_takes_long_has_patience_unless_told_otherwise(
     found: list[float] = []
     verb = next(word for word in words if word in VERBS)
     module = {each.VERB: each for each in cli._VERBS}[verb]
-    monkeypatch.setattr(module, "run", lambda arguments: found.append(arguments.timeout) or 0)
+
+    def run(arguments: argparse.Namespace) -> int:
+        found.append(arguments.timeout)
+        return 0
+
+    monkeypatch.setattr(module, "run", run)
     assert main(words) == 0
     assert found == [seconds]
     assert f"(default: {getattr(module, 'TIMEOUT', 25):g}, at most" in verbs_of(make_parser())[verb].format_help()

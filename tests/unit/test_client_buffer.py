@@ -234,7 +234,8 @@ def test_an_eviction_just_before_it_is_mapped_maps_what_comes_back(
 ) -> None:
     recorded_brackets(monkeypatch)
     buffer = make(service, kind="dma-buf")
-    passing, evicted = buffer._memory.gate.passing, []
+    passing = buffer._memory.gate.passing
+    evicted: list[str] = []
 
     def late(label: str) -> AbstractContextManager[None]:
         if not evicted:

@@ -54,8 +54,8 @@ def test_a_descriptor_of_other_memory_replaces_it_and_maps_stay_with_the_old() -
         assert (memory.serial, memory.size) == (2, 2 * SIZE)
         with Map(memory.mapping, lambda: spare(memory), SIZE, writable=True, label="buffer 1") as new:
             assert (bytes(old[:3]), bytes(new[:3])) == (b"old", b"new")
-        assert not memory.gate.idle
-    assert memory.gate.idle
+        idle = memory.gate.idle
+    assert (idle, memory.gate.idle) == (False, True)
     memory.close()
 
 
@@ -120,6 +120,6 @@ def test_buffers_of_one_memory_have_one_gate() -> None:
     two.join(one.gate)
     two.take(made(), of(1))
     with Map(two.mapping, lambda: spare(two), SIZE, writable=True, label="buffer 1"):
-        assert not one.gate.idle
-    assert one.gate.idle
+        idle = one.gate.idle
+    assert (idle, one.gate.idle) == (False, True)
     two.close()

@@ -372,9 +372,9 @@ def test_a_share_believes_signals_that_came_with_the_reply() -> None:
 def test_other_memory_has_another_inode() -> None:
     share = Share(contract.buffer_path("0" * 16), BufferInfo(size=4096, serial=1, inode=77))
     share.told_properties({"Serial": 1, "State": "moving"})
-    assert share.info.inode == 77
+    moving = share.info
     share.told_properties({"Serial": 2, "State": "backed"})
-    assert (share.info.serial, share.info.inode) == (2, None)
+    assert (moving.inode, share.info.serial, share.info.inode) == (77, 2, None)
 
 
 def loaded_by(statement: str) -> set[str]:

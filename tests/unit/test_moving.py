@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -34,6 +34,7 @@ from udmabufd.core.lingering import LAST_LOOK, LAST_PROOF
 from udmabufd.core.moves import Notice
 from udmabufd.core.spec import PAGE_SIZE
 from udmabufd.linux import fdstat
+from udmabufd_base.fd import OwnedFd
 from udmabufd_client.contract import BUS_GRACE, UDMABUF, State
 
 Play = Callable[..., None]
@@ -447,7 +448,11 @@ class TestAnswers:
             await clients.attach(EVE)
             clients.silent = {BOB}
             before = as_it_is(clients)
-            for call in (clients.move, lambda: clients.attach(ALICE, "card")):
+            calls: tuple[Callable[[], Coroutine[Any, Any, int]], ...] = (
+                clients.move,
+                lambda: clients.attach(ALICE, "card"),
+            )
+            for call in calls:
                 await asyncio.sleep(0.1)
                 world.machine.told.clear()
                 moving = await begun(call())
@@ -542,6 +547,7 @@ def test_calls_that_need_the_memory_wait(play: Play) -> None:
         clients.ready(BOB, 2, 2)
         assert await moving == 2
         fd, imported, by_ticket, _, _, _ = await asyncio.gather(*waiting)
+        assert isinstance(fd, OwnedFd)
         assert world.machine.read(fd) == "picture"
         assert imported is by_ticket is clients.buffer
         assert clients.buffer.name == "other"
