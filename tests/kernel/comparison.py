@@ -183,14 +183,19 @@ class Compared:
         """
         return sum(known.size for known in self.books.buffers if known.backed and known.allocator == ORDINARY)
 
-    async def charged_to_buffers(self) -> int:
-        """Return how many bytes of files in memory the kernel charges the slice with, swapped out or not. The rest of
-        memory.current is the service's own, where huge pages stay charged that it has unmapped in part.
+    async def charged_to_buffers(self) -> tuple[int, int]:
+        """Return how many bytes of files, swapped out or not, the kernel charges the slice with: at least, at most.
+        The rest of memory.current is the service's own, where huge pages stay charged that it has unmapped in part.
+
+        Own pages that were read in again keep their place in the swap, and nothing tells them from files' pages that
+        are on their way there.
         """
         stat = dict(line.split() for line in (CGROUP / SLICE / "memory.stat").read_text().splitlines())
         swapped = int((CGROUP / SLICE / "memory.swap.current").read_text())
         status = Path(f"/proc/{await self.pid()}/status").read_text()
-        return int(stat["shmem"]) + swapped - int(status.partition("VmSwap:")[2].split()[0]) * 1024
+        most = max(swapped - int(status.partition("VmSwap:")[2].split()[0]) * 1024, 0)
+        least = max(most - int(stat["swapcached"]), 0)
+        return int(stat["shmem"]) + least, int(stat["shmem"]) + most
 
     async def held(self) -> Counter[str]:
         """Return the descriptors of the service by kind, and what else the machine has of buffers."""
