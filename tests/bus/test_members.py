@@ -260,6 +260,23 @@ async def test_properties_have_the_types_of_the_xml(peer: Peer) -> None:
     assert everything["Allocators"].value[-1] == "memfd"
 
 
+async def test_properties_without_their_interface(peer: Peer, kind: str) -> None:
+    """D-Bus lets its name be empty, and leaves to the service what that finds."""
+    path, _, _ = await peer.allocate(size=1, kind=kind)
+    for where, interface, name in ((OBJECT_PATH, ALLOCATOR_INTERFACE, "Version"), (path, BUFFER_INTERFACE, "State")):
+        (named,) = await peer.call("GetAll", "s", interface, path=where, interface=PROPERTIES)
+        (found,) = await peer.call("GetAll", "s", "", path=where, interface=PROPERTIES)
+        # Counters among the values may differ by now.
+        assert {key: value.signature for key, value in found.items()} == {
+            key: value.signature for key, value in named.items()
+        }
+        assert await peer.get(name, where, "") == named[name].value
+        with pytest.raises(RemoteError, match="UnknownProperty"):
+            await peer.get("Nothing", where, "")
+    with pytest.raises(RemoteError, match="UnknownInterface"):
+        await peer.call("GetAll", "s", "org.example.Other", path=path, interface=PROPERTIES)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -61,9 +61,12 @@ class StandardInterfaces:
 
     def get_all(self, call: Call, interface: str) -> Reply:
         """Answer all properties of an interface."""
-        exported = self._interface(call, interface)
-        members = exported.interface.properties
-        return Reply([{n: Variant(members[n].signature, get(call)) for n, get in exported.getters.items()}])
+        values = {
+            name: Variant(exported.interface.properties[name].signature, get(call))
+            for exported in self._named(call, interface)
+            for name, get in exported.getters.items()
+        }
+        return Reply([values])
 
     def set(self, call: Call, interface: str, name: str, value: Variant) -> Reply:
         """Write a property: root only, and only one that the XML says can be written."""
@@ -98,13 +101,14 @@ class StandardInterfaces:
             raise EdgeError("FileNotFound", "This machine has no machine id") from error
 
     def _property(self, call: Call, interface: str, name: str) -> tuple[Exported, Property]:
-        exported = self._interface(call, interface)
-        if name not in exported.getters:
-            raise EdgeError("UnknownProperty", "The interface has no such property")
-        return exported, exported.interface.properties[name]
+        for exported in self._named(call, interface):
+            if name in exported.getters:
+                return exported, exported.interface.properties[name]
+        raise EdgeError("UnknownProperty", "The interface has no such property")
 
-    def _interface(self, call: Call, name: str) -> Exported:
-        for exported in self._dispatcher.interfaces(call.path):
-            if exported.interface.name == name:
-                return exported
-        raise EdgeError("UnknownInterface", "The object has no such interface")
+    def _named(self, call: Call, name: str) -> list[Exported]:
+        """Return the interface `name` of the object; where that is empty, as D-Bus allows for properties, all."""
+        found = [e for e in self._dispatcher.interfaces(call.path) if name in ("", e.interface.name)]
+        if not found:
+            raise EdgeError("UnknownInterface", "The object has no such interface")
+        return found
