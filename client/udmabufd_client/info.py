@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from udmabufd_base.codec import Variant
 from udmabufd_client import contract
-from udmabufd_client.contract import State
+from udmabufd_client.contract import Kind, State
 from udmabufd_client.errors import BadReply
 from udmabufd_client.interface import interface
 from udmabufd_client.replies import typed
@@ -237,8 +237,10 @@ def parse_properties(interface_name: str, raw: Mapping[str, Any]) -> dict[str, A
 
 
 def state_of(info: BufferInfo) -> State:
-    """Return the state that `info` shows: only memory has a serial above 0."""
-    return State.BACKED if info.serial else State.EMPTY
+    """Return the state that `info` shows: only memory has a serial above 0, and then only what is evicted no inode."""
+    if not info.serial:
+        return State.EMPTY
+    return State.EVICTED if info.kind == Kind.DMA_BUF and info.inode is None else State.BACKED
 
 
 def _checked_planes(known: dict[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,21 @@ def test_it_says_what_it_is(service: Recorder) -> None:
     assert buffer.info.kind == "memfd"
 
 
+@pytest.mark.parametrize(
+    ("info", "state"),
+    [
+        ({"serial": None, "kind": "dma-buf"}, State.EMPTY),
+        ({"kind": "dma-buf", "inode": 7}, State.BACKED),
+        ({"kind": "dma-buf"}, State.EVICTED),
+        ({"kind": "memfd"}, State.BACKED),
+    ],
+)
+def test_the_state_that_comes_with_a_share(service: Recorder, info: dict[str, Any], state: State) -> None:
+    """As by ticket, which brings one in any of them: nothing but `info` tells, until there is a change."""
+    with make(service, fd=False, **info) as buffer:
+        assert buffer.state == state
+
+
 def test_close_closes_once_and_gives_the_share_back_once(service: Recorder) -> None:
     buffer = make(service)
     fd = buffer.fileno()
