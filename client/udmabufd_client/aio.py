@@ -172,7 +172,8 @@ class Client:
     async def drain(self, allocator: str, *, interactive: bool = False, timeout: float | None = None) -> None:
         """Move every buffer whose memory is of `allocator` to others. For root, and whom polkit allows.
 
-        Raises Busy when some are held in place: what has moved stays moved; NoAllocator, AccessDenied.
+        Raises Busy when some are held in place, MoveTimedOut when importers of all that stay did not answer: what has
+        moved stays moved; NoAllocator, AccessDenied.
         """
         await self._service.reports.drain(check_text("allocator", allocator), interactive, timeout)
 

@@ -351,13 +351,14 @@ async def test_a_drain_that_takes_long_says_how_many_are_left(open_bus: PrivateB
     assert out.startswith(b"heap:a is drained: 7 buffers")
 
 
-async def test_buffers_that_cannot_leave_are_counted_and_named(fake: FakeAllocator, ctl: Ctl) -> None:
+@pytest.mark.parametrize("error", ["Busy", "MoveTimedOut"])
+async def test_buffers_that_cannot_leave_are_counted_and_named(fake: FakeAllocator, ctl: Ctl, error: str) -> None:
     draining = Draining(fake)
 
     def drain(incoming: Incoming) -> None:
         draining.move(2)
         text = "6 of 7 buffers stay in heap:a; the first because: The buffer is held in place: it is pinned"
-        fake.fail(incoming.header, ERROR_PREFIX + "Busy", text)
+        fake.fail(incoming.header, ERROR_PREFIX + error, text)
 
     fake.answers["Drain"] = drain
     status, out, err = await ctl("drain", "heap:a")

@@ -76,7 +76,9 @@ class Administered(Relocating):
             assert entry["allocator"] in ({LARGE, FAR} if allocator == ORDINARY else {ORDINARY}), entry
             self.moved(known, entry["allocator"], ROOT)
             self.happened["drained"] += 1
-        assert outcome.cut_off or outcome.refusal == ("Busy" if left else ""), outcome
+        # If nothing held any in place, it is that somebody has not answered.
+        refusal = "Busy" if staying else "MoveTimedOut" if left else ""
+        assert outcome.cut_off or outcome.refusal == refusal, outcome
         await self.over()
         for known in here:
             if known not in staying:

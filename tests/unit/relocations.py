@@ -417,8 +417,8 @@ class Relocations(Calls):
             for b in rest
         )
 
-        def settle() -> bool:
-            """See what has moved; return whether anything has not."""
+        def settle() -> Errors | None:
+            """See what has moved; return what is raised if anything has not."""
             left = bool(staying)
             # Several move at the same time.
             order = {buffer.origin: index for index, buffer in enumerate(self.life.custody.registry)}
@@ -431,19 +431,17 @@ class Relocations(Calls):
                     self._moved(known, target, ROOT)
                     known.serial += 1
                     self.happened["drained"] += 1
-            return left
+            late: Errors = MoveTimedOut if fits else (Busy, MoveTimedOut)
+            return (Busy if staying else late) if left else None
 
         call_cut_off = False
-
-        def expected() -> Errors | None:
-            return Busy if settle() else None
 
         def cut_off() -> None:
             nonlocal call_cut_off
             call_cut_off = True
             settle()
 
-        call = Call(lambda: moving.drain(Owner(*ROOT), allocator), nothing, cut_off, expected=expected)
+        call = Call(lambda: moving.drain(Owner(*ROOT), allocator), nothing, cut_off, expected=settle)
         await self._call(call)
 
     async def pressure(self, a: int, b: int, c: int, d: int) -> None:

@@ -645,9 +645,15 @@ class TestDrain:
                 await world.allocate(allocator=UDMABUF)
             with pytest.raises(Busy, match="^udmabuf is being drained"):
                 await world.life.service.moving.drain(ROOT, UDMABUF)
-            with pytest.raises(Busy, match="^1 of 1 buffers stay in udmabuf; .*1 of 2"):
+            with pytest.raises(MoveTimedOut, match="^1 of 1 buffers stay in udmabuf; .*1 of 2"):
                 await draining
             assert not world.life.pool.drained
+            # Not if any is held in place.
+            held, fd = await world.allocate(BOB, allocator=UDMABUF)
+            fd.close()
+            with pytest.raises(Busy, match="^2 of 2 buffers stay in udmabuf; "):
+                await world.life.service.moving.drain(ROOT, UDMABUF)
+            assert held.serial == 1
 
         play(scene)
 

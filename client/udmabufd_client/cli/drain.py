@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 async def _run(arguments: argparse.Namespace) -> int:
     from udmabufd_client.aio import Client
     from udmabufd_client.cli.progress import reported
-    from udmabufd_client.errors import Busy
+    from udmabufd_client.errors import Busy, MoveTimedOut
 
     allocator: str = arguments.allocator
     async with Client.connect(arguments.bus, timeout=arguments.timeout) as client:
@@ -77,8 +77,8 @@ async def _run(arguments: argparse.Namespace) -> int:
         with administrator(VERB):
             try:
                 await reported(client.drain(allocator, interactive=can_ask()), progress)
-            except Busy as error:
-                raise Busy(f"{str(error).rstrip('.')}. {await _next_step(client, allocator)}") from error
+            except (Busy, MoveTimedOut) as error:
+                raise type(error)(f"{str(error).rstrip('.')}. {await _next_step(client, allocator)}") from error
         left = {buffer.id for buffer in await _there(client, allocator)}
     moved = [buffer for buffer in before if buffer.id not in left]
     byte_count = sum(buffer.size or 0 for buffer in moved)

@@ -14,7 +14,7 @@ import logging
 from dataclasses import replace
 
 from udmabufd.core.buffer import Buffer, Holder
-from udmabufd.core.errors import AllocatorError, Busy, NoAllocator, NoSuchBuffer, NotSupported
+from udmabufd.core.errors import AllocatorError, Busy, MoveTimedOut, NoAllocator, NoSuchBuffer, NotSupported
 from udmabufd.core.events import Event, emit
 from udmabufd.core.eviction import Eviction
 from udmabufd.core.ledger import Owner
@@ -73,8 +73,8 @@ class Moving(Eviction):
         self._registry.use(buffer)
 
     async def drain(self, owner: Owner, allocator: str) -> None:
-        """Move all buffers whose memory is of `allocator` to others, and allocate nothing there meanwhile. Raises Busy
-        when some have to stay.
+        """Move all buffers whose memory is of `allocator` to others, and allocate nothing there meanwhile. Raises
+        MoveTimedOut when some stay because importers did not answer, and Busy when any does for another reason.
         """
         pool = self._placement.pool
         here = [b for b in self._registry if b.memory is not None and b.memory.allocator == allocator and not b.ended]
@@ -84,7 +84,7 @@ class Moving(Eviction):
             raise Busy(f"{allocator} is being drained")
         pool.drained.add(allocator)
         limit = asyncio.Semaphore(DRAINED_AT_ONCE)
-        reasons: list[str] = []
+        reasons: list[AllocatorError] = []
         count = 0
 
         async def move(buffer: Buffer) -> None:
@@ -98,7 +98,7 @@ class Moving(Eviction):
                 except NoSuchBuffer:
                     pass
                 except AllocatorError as error:
-                    reasons.append(str(error))
+                    reasons.append(error)
                 else:
                     count += 1
 
@@ -109,7 +109,10 @@ class Moving(Eviction):
         emit(log, Event.DRAINED, allocator=allocator, count=count, uid=owner.uid)
         if reasons:
             stay, all_ = len(reasons), len(reasons) + count
-            raise Busy(f"{stay} of {all_} buffers stay in {allocator}; the first because: {reasons[0]}")
+            late = all(isinstance(reason, MoveTimedOut) for reason in reasons)
+            raise (MoveTimedOut if late else Busy)(
+                f"{stay} of {all_} buffers stay in {allocator}; the first because: {reasons[0]}"
+            )
 
     async def _relocate(
         self, buffer: Buffer, request: Request, asking: Holder | None, causer: Owner, *, dynamic: bool = False
