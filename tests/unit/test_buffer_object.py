@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.unit import attached
+from tests.unit import attached, moved
 from tests.unit.attached import Play
+from tests.unit.moved import FAR, begun, two
 from tests.unit.scenes import ALICE, BOB, EVE, World
 from tests.unit.time_loop import at_rest
 from udmabufd.bus import info
 from udmabufd.bus.buffer_object import BufferObject
+from udmabufd.core.errors import MoveTimedOut
 from udmabufd.core.spec import PAGE_SIZE
 from udmabufd_base.codec import Variant
 from udmabufd_base.message import Message
@@ -104,3 +106,39 @@ def test_only_who_attached_is_told_that_its_device_is_gone(play: Play) -> None:
         ]
 
     play(scene)
+
+
+def test_what_has_changed_is_told_before_the_move_that_changed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps properties has the new ones by the time that an importer acts on them."""
+
+    async def scene(world: World) -> None:
+        clients = await two(world)
+        clients.silent = {BOB}
+        await at_rest()
+        messages: list[Message] = []
+        BufferObject(world.life.service, messages.append)
+        moving = await begun(clients.move())
+        state = [BUFFER_INTERFACE, {"State": "moving"}, []]
+        asked = [(ALICE, "PropertiesChanged", state), (BOB, "PropertiesChanged", state)]
+        assert told(messages) == [*asked, (BOB, "MoveNotify", [2, 2, 5000])]
+        clients.ready(BOB, 2, 2)
+        await moving
+        now = {"State": "backed", "Serial": 2, "Allocator": FAR, "Size": clients.buffer.size}
+        found = told(messages)
+        for client, number in ((ALICE, 1), (BOB, 2)):
+            assert [what for destination, *what in found if destination == client] == [
+                ["PropertiesChanged", [BUFFER_INTERFACE, now, []]],
+                ["Moved", [number, 2]],
+            ]
+        with pytest.raises(MoveTimedOut):
+            await clients.move()
+        state = [BUFFER_INTERFACE, {"State": "backed"}, []]
+        assert [what for destination, *what in told(messages) if destination == BOB][-2:] == [
+            ["PropertiesChanged", state],
+            ["MoveCancelled", [2, 3]],
+        ]
+        await at_rest()
+        assert told(messages) == []
+        clients.close()
+
+    moved.play(scene, monkeypatch)

@@ -160,6 +160,37 @@ class TestOutAndBack:
 
         play(scene)
 
+    def test_its_caller_answers_late(self, play: Play, kind: str) -> None:
+        """Nobody waited for that, since nobody had a descriptor any more; but it was asked."""
+
+        async def scene(world: World) -> None:
+            clients = await two(world, allocator=kind)
+            clients.silent = {ALICE}
+            clients.close(ALICE)
+            await clients.evict()
+            assert clients.told(ALICE) == [(EVICT, 2)]
+            for serial in (1, 3):
+                with pytest.raises(Busy, match=f"^serial: no move to {serial} waits"):
+                    clients.ready(ALICE, 1, serial)
+            clients.ready(ALICE, 1, 2)
+            # Once, as those that were waited for; also when it is back, and not when it has moved on.
+            with pytest.raises(Busy):
+                clients.ready(ALICE, 1, 2)
+            for serial in (3, 4):
+                await clients.get(BOB, 2)
+                clients.close()
+                await clients.evict()
+                await clients.get(BOB, 2)
+                assert clients.buffer.serial == serial
+                if serial == 3:
+                    clients.ready(ALICE, 1, serial)
+            await clients.move()
+            with pytest.raises(Busy):
+                clients.ready(ALICE, 1, 4)
+            clients.close()
+
+        play(scene)
+
     def test_while_it_is_out(self, play: Play, kind: str) -> None:
         async def scene(world: World) -> None:
             clients = await two(world, allocator=kind)

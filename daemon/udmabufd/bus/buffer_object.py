@@ -137,25 +137,34 @@ class BufferObject:
         self._untold.setdefault(buffer, set()).update(names)
 
     def _tell(self) -> None:
-        """Signal what has changed to the holders, and to nobody else."""
-        untold, self._untold = self._untold, {}
+        """Signal all that has changed."""
+        for buffer in tuple(self._untold):
+            self._tell_of(buffer)
+
+    def _tell_of(self, buffer: Buffer) -> None:
+        """Signal what has changed of `buffer` to its holders, and to nobody else."""
+        names = self._untold.pop(buffer, set())
+        if not names:
+            return
         properties = self.exported.interface.properties
-        for buffer, names in untold.items():
-            invalidated = sorted(names & _LONG)
-            for holder in buffer.shares:
-                changed = {
-                    name: Variant(properties[name].signature, _VALUES[name](buffer, holder))
-                    for name in sorted(names - _LONG)
-                }
-                path = buffer_path(buffer.id)
-                self._emit(properties_changed(path, BUFFER_INTERFACE, changed, holder.name, invalidated))
+        invalidated = sorted(names & _LONG)
+        for holder in buffer.shares:
+            changed = {
+                name: Variant(properties[name].signature, _VALUES[name](buffer, holder))
+                for name in sorted(names - _LONG)
+            }
+            path = buffer_path(buffer.id)
+            self._emit(properties_changed(path, BUFFER_INTERFACE, changed, holder.name, invalidated))
 
     def detached(self, buffer: Buffer, attachment: Attachment, reason: str) -> None:
         """Tell the connection that attached, and nobody else, that the device is gone."""
         self._signal(buffer, attachment, "Detached", reason)
 
     def notify(self, buffer: Buffer, attachment: Attachment, notice: Notice, serial: int, timeout_ms: int) -> None:
-        """Tell the connection that attached, and nobody else, of a move."""
+        """Tell the connection that attached, and nobody else, of a move: after the properties that have changed with
+        it, so that whoever keeps them has the serial that it is told of.
+        """
+        self._tell_of(buffer)
         asked = notice in (Notice.MOVE, Notice.EVICT)
         self._signal(buffer, attachment, notice.value, serial, *((timeout_ms,) if asked else ()))
 

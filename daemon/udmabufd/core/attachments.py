@@ -60,6 +60,8 @@ class Attachment:
     pins: int = 0
     record: tuple[int, int] | None = None
     """Slot and order of its record, once it has one."""
+    presumed: int = 0
+    """The serial of an eviction that took place without its answer, which may come yet; 0 for none."""
 
 
 class Attachments:

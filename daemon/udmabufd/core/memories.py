@@ -97,8 +97,10 @@ class Memories:
         buffer.memory, buffer.stored_as = memory, stored_as
         self.record(buffer)
 
-    def moves(self, buffer: Buffer, serial: int) -> None:
-        """Take notice that `buffer` is to have this serial, or with 0 that this has happened or is off."""
+    def moves(self, buffer: Buffer, serial: int, tell: Callable[[], None] = lambda: None) -> None:
+        """Take notice that `buffer` is to have this serial, or with 0 that this has happened or is off: then `tell`
+        tells its importers, as long as the record says that they are to be told.
+        """
         if buffer.moving == serial or buffer.ended:
             buffer.moving = serial
             return
@@ -110,8 +112,9 @@ class Memories:
             what = Step.MOVED if buffer.serial >= buffer.moving else Step.MOVE_CANCELLED
         with step(buffer, what):
             buffer.moving = serial
-        self.record(buffer)
         self.changed(buffer, ("State",))
+        tell()
+        self.record(buffer)
 
     def bring_back(self, buffer: Buffer, other: Buffer, bill: Bill | None) -> None:
         """Give `buffer`, which is evicted, the memory of `other` under its next serial; with a `bill` that is other

@@ -134,6 +134,15 @@ class Moves:
             importers = [a for a in importers if a.holder is not asking]
         serial = buffer.serial + 1
         move = self._moves[buffer] = Move(buffer, notice, serial, asking, importers, set(importers))
+        done = False
+
+        def tell() -> None:
+            if not done:
+                self._tell_rest(buffer, importers, Notice.CANCELLED, serial)
+            elif notice is Notice.MOVE:
+                everybody = [a for a in buffer.attachments.values() if a.wish.dynamic]
+                self._tell_rest(buffer, everybody, Notice.MOVED, serial)
+
         try:
             self._registry.moves(buffer, serial)
             for attachment in importers:
@@ -142,22 +151,25 @@ class Moves:
             # An importer whose device has gone answers for nothing any more.
             check_free(buffer, answering)
             yield serial
-            if notice is Notice.MOVE:
-                everybody = [a for a in buffer.attachments.values() if a.wish.dynamic]
-                self._tell_rest(buffer, everybody, Notice.MOVED, serial)
+            done = True
+            for attachment in move.waiting:
+                attachment.presumed = serial
         except BaseException as error:
-            self._tell_rest(buffer, importers, Notice.CANCELLED, serial)
             if not buffer.ended:
                 emit(log, Event.MOVE_CANCELLED, buffer=buffer.id, uid=buffer.payer.uid, reason=str(error))
             raise
         finally:
             del self._moves[buffer]
-            self._registry.moves(buffer, 0)
+            self._registry.moves(buffer, 0, tell)
 
     def ready(self, buffer: Buffer, attachment: Attachment, serial: int) -> None:
         """Take an importer's answer. Raises Busy if nothing waits for it."""
         move = self._moves.get(buffer)
         if move is None or move.serial != serial or attachment not in move.told:
+            if attachment.presumed == serial >= buffer.serial:
+                # It was asked, and answers: nobody can have been told of another move to that serial yet.
+                attachment.presumed = 0
+                return
             raise Busy(f"serial: no move to {serial} waits for attachment {attachment.number}")
         move.waiting.discard(attachment)
         move.check()

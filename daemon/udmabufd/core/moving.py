@@ -135,6 +135,8 @@ class Moving(Eviction):
                     if buffer.ended:
                         raise NoSuchBuffer
                     self._registry.exchange(buffer, other, bill, serial)
+                    # Before the importers are told: they may look what it has.
+                    self._registry.changed(buffer, MEMORY_PROPERTIES)
             finally:
                 self._give_up(other)
         self._registry.use(buffer)
@@ -148,4 +150,3 @@ class Moving(Eviction):
             former=before.allocator,
             allocator=buffer.memory.allocator,
         )
-        self._registry.changed(buffer, MEMORY_PROPERTIES)
