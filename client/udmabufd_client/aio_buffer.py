@@ -70,14 +70,18 @@ class Move(MoveBase):
 
     @property
     def attachment(self) -> Attachment:
-        """The Buffer's dynamic attachment, the first of them if there are several: one answer is for all."""
+        """The Buffer's dynamic attachment, the first of them if there are several: one answer is for all.
+
+        Where it has none itself it is that of another Buffer of the same memory, which answers for this client.
+        """
         return Attachment(self._service, self._notice.asked)
 
     def ready(self) -> Awaitable[None]:
         """Say that the importer has stopped using the memory; to be called on the loop, harmless when repeated.
 
         Takes effect at once, but the service is told only when all maps and arrays of the buffer in this process are
-        gone, too, and other Buffers of it on this client are ready. Awaited, it returns then, or when it is over.
+        gone, too, and other Buffers of it on this client are ready. Awaited, it returns then, or when it is over; at
+        once while another Buffer is not ready.
         """
         self._notice.ready()
         return asyncio.shield(self._notice.sent)
@@ -159,7 +163,8 @@ class Buffer(BufferBase):
         With `dynamic` the importer can be told to use other memory: see the class. When the memory that the buffer has
         does not suit, it is moved, if all that is attached is dynamic and not pinned, and nobody has a descriptor
         without a dynamic attachment; Busy otherwise, and when it is still mapped in this process after 10 s.
-        MoveTimedOut when another importer did not answer.
+        MoveTimedOut when another importer did not answer. As with move(), this client is not asked: importers of its
+        own stop before the call, and where `info.serial` is another one afterwards take the descriptor anew.
         """
         options = marshal_attach(constraints=constraints, dynamic=dynamic or None)
         attached = await self._service.own_moves.attach(
@@ -175,7 +180,8 @@ class Buffer(BufferBase):
     async def move(self, allocator: str | None = None, *, timeout: float | None = None) -> int:
         """Give the buffer other memory, with the same contents: of `allocator`, or of the first that matches.
 
-        Return the serial that it has then. Waits, 10 s at most, until nobody in this process has it mapped. Raises
+        Return the serial that it has then. Waits, 10 s at most, until nobody in this process has it mapped. The call
+        is this client's own answer: neither `on_move` nor moves() of any Buffer of it is asked. Raises
         Busy when something holds it in place, such as a map here, MoveTimedOut when an importer did not answer,
         NoAllocator, NotSupported; ServiceRestarted where whether it moved is to be seen by `info.serial`.
         """
@@ -194,7 +200,9 @@ class Buffer(BufferBase):
     def on_move(self) -> Callable[[Move], object] | None:
         """Called with a Move before the memory is given up, which then waits for its ready(); can be a coroutine.
 
-        Runs on the client's loop. Without it, and without moves(), the Buffer answers by itself.
+        Runs on the client's loop. Without it, and without moves(), the Buffer answers by itself. If it raises, or
+        never calls ready(), the move is cancelled when its time is over. Not called for this client's own move() and
+        attach().
         """
         return self._on_move
 
@@ -214,7 +222,8 @@ class Buffer(BufferBase):
     def moves(self) -> MoveStream:
         """Return the moves to come: `async for move in buffer.moves()`, each to be answered by `await move.ready()`.
 
-        From now on, and while the stream is referred to, the Buffer does not answer by itself. It ends with the share.
+        From now on, and while the stream is referred to, the Buffer does not answer by itself. It ends with the share
+        and with the client. Not asked about this client's own move() and attach().
         """
         return MoveStream(self._service, self._share)
 

@@ -48,6 +48,8 @@ class Attachments:
         self.on_detached: Callable[[Attached], object] | None = None
         self.left: Callable[[str], object] = lambda path: None
         """Called with the path of a buffer when an attachment of this client to it has ended, for whatever reason."""
+        self.came: Callable[[], object] = lambda: None
+        """Called when a call has ended that could bring attachments."""
         self._session = session
         self._shares = shares
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -199,6 +201,11 @@ class Attachments:
         share.attachments.clear()
         self.left(share.path)
 
+    @property
+    def expected(self) -> bool:
+        """Whether a call is under way that can bring attachments: signals can be about one that is not known yet."""
+        return self._arriving > 0
+
     @contextmanager
     def arriving(self) -> Iterator[None]:
         """While a call is under way that can bring attachments: a signal can say that one ended before it is known."""
@@ -209,6 +216,7 @@ class Attachments:
             self._arriving -= 1
             if not self._arriving:
                 self._early.clear()
+            self.came()
 
     def detached(self, path: str, number: int, reason: str) -> None:
         """The service says that an attachment has ended."""
@@ -216,7 +224,7 @@ class Attachments:
         known = [each for share in self._shares.of(path) for each in share.attachments if each.number == number]
         for attached in known:
             self._end(attached, reason or "the service gives no reason")
-        if not known and self._arriving and len(self._early) < _MAX_EARLY:
+        if not known and self.expected and len(self._early) < _MAX_EARLY:
             self._early[path, number] = reason or "the service gives no reason"
 
     async def again(self, attached: Attached, there: Collection[int]) -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client.attachment import Attached, AttachmentBase
@@ -25,6 +25,8 @@ from udmabufd_client.service import Service
 from udmabufd_client.share import Share
 from udmabufd_client.slow_reads import notice
 from udmabufd_client.spec import check_number
+
+T = TypeVar("T")
 
 
 class BufferBase:
@@ -41,8 +43,11 @@ class BufferBase:
     `on_move` or moves(): when its maps and arrays are gone it lets the service go ahead, has those wait who want to
     map it meanwhile, and gets the new descriptor. While something is mapped the buffer stays where it is. On the event
     loop, which must not wait, mapping it raises Busy meanwhile, and ValueError after an eviction: `await get_fd()`
-    waits for both. Descriptors and maps that were handed on are their receivers', who are not asked: whoever passes
-    one on answers for them.
+    waits for both.
+
+    Of what devices and others do with a descriptor it knows nothing, and what they write after the answer is lost. So
+    whoever has a device use the memory, or passes a descriptor on, has `on_move` or moves() to stop that first, or
+    holds the buffer in place meanwhile: attachment.pinned(), or an attachment that is not dynamic.
     """
 
     def __init__(self, service: Service, share: Share, fd: OwnedFd | None = None) -> None:
@@ -140,21 +145,19 @@ class BufferBase:
 
         After an eviction the service is asked for another. Raises ValueError when there is none.
         """
-        self._bring_back()
-        return self._present(self._memory.fileno())
+        return self._present(self._had(self._memory.fileno))
 
     def dup(self) -> int:
         """Return a second descriptor, close-on-exec, which is the caller's to close. Raises ValueError, OSError.
 
         It is of the memory that the buffer has now, and holds it: the buffer is not evicted before it is closed.
         """
-        self._bring_back()
-        return self._own_dup().steal()
+        fd = self._had(self._memory.spare)
+        return self._present(None if fd is None else fd.steal())
 
     def steal_fd(self) -> int:
         """Give the descriptor away: the caller closes it. get_fd() gets the buffer another. Raises ValueError."""
-        self._bring_back()
-        stolen = self._present(self._memory.steal())
+        stolen = self._present(self._had(self._memory.steal))
         self._service.want_ticket_soon(self._share)
         return stolen
 
@@ -289,6 +292,15 @@ class BufferBase:
     def _bring_back(self) -> None:
         if self._memory.away:
             self._service.descriptors.bring_back(self._share)
+
+    def _had(self, take: Callable[[], T | None]) -> T | None:
+        """Return what `take` does of the descriptor, which is brought back for it; None if there is none."""
+        while True:
+            self._bring_back()
+            taken = take()
+            # It can have been evicted between the two.
+            if taken is not None or not self._memory.away:
+                return taken
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from udmabufd_base.codec import Variant
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client.attachment import Attached
 from udmabufd_client.background import pauses
-from udmabufd_client.contract import BUFFER_INTERFACE
+from udmabufd_client.contract import BUFFER_INTERFACE, Kind
 from udmabufd_client.errors import (
     CallTimedOut,
     InvalidSpec,
@@ -66,7 +66,10 @@ class Descriptors:
             async with asyncio.timeout(limit):
                 await opened(share.memory.gate)
         except TimeoutError:
-            raise MoveTimedOut(f"Buffer {share.id} is being moved, and was not to be had in {limit:g} s.") from None
+            raise MoveTimedOut(
+                f"Buffer {share.id} is being moved, and was not to be had in {limit:g} s. Try again, or give it more "
+                "time: a copy that takes longer goes on."
+            ) from None
         if attachment is not None or not share.memory.has_fd:
             fd, info = await self._get_fd(share, attachment, left())
             share.memory.take(fd, info)
@@ -83,10 +86,14 @@ class Descriptors:
         self._session.home.wait(self.obtain(share, None, left), self._timeout + _SLACK)
 
     async def refresh(self, share: Share, fd: OwnedFd, info: BufferInfo, left: Callable[[], float]) -> None:
-        """Take `fd`, with which somebody else passed the buffer on: it may be of memory that it no longer has."""
+        """Take `fd`, with which somebody else passed the buffer on: it may be of memory that it no longer has.
+
+        Of a dma-buf that is evicted no inode is told: whatever `fd` is of, it is not that.
+        """
         share.memory.take(fd, info)
         number = share.memory.fileno()
-        if info.inode is not None and number is not None and os.fstat(number).st_ino != info.inode:
+        known = info.inode is not None or info.kind == Kind.DMA_BUF
+        if known and number is not None and os.fstat(number).st_ino != info.inode:
             share.memory.send_away()
             await self.obtain(share, None, left)
 

@@ -49,7 +49,7 @@ class Gate:
         self._shut = False
         self._waiting: list[Callable[[], object]] = []
         self._entering = 0
-        self._mapped: dict[int, weakref.ref[mmap.mmap]] = {}
+        self._mapped: dict[int, weakref.finalize[[int], mmap.mmap]] = {}
         self._handles: dict[int, int] = {}
 
     # For those who use the memory
@@ -70,19 +70,18 @@ class Gate:
             self._wake()
 
     def mapped(self, memory: mmap.mmap) -> None:
-        """The memory was mapped: it is in use until unmapped(), or until the object is gone."""
-        key = id(memory)
+        """The memory was mapped: it is in use until unmapped(), or until the object is gone.
 
-        def gone(_: weakref.ref[mmap.mmap]) -> None:
-            self._mapped.pop(key, None)
-            self._wake()
-
-        self._mapped[key] = weakref.ref(memory, gone)
+        So long the gate is there, too, for Buffers that come when only an array is left.
+        """
+        ended = weakref.finalize(memory, self._unmapped, id(memory))
+        ended.atexit = False
+        self._mapped[id(memory)] = ended
 
     def unmapped(self, memory: mmap.mmap) -> None:
         """The memory was unmapped."""
-        self._mapped.pop(id(memory), None)
-        self._wake()
+        if (ended := self._mapped.get(id(memory))) is not None:
+            ended()
 
     def opened(self, handle: object) -> None:
         """This thread has a map."""
@@ -147,7 +146,10 @@ class Gate:
                         "it, or map it in another thread."
                     )
                 if not self._changed.wait(max(begun + limit - time.monotonic(), 0.0)) and not self._admits():
-                    raise MoveTimedOut(f"{label} is being moved, and was not to be used again within {limit:g} s.")
+                    raise MoveTimedOut(
+                        f"{label} is being moved, and was not to be used again within {limit:g} s. Try again: a "
+                        "copy that takes longer goes on."
+                    )
             self._entering += 1
 
     def _admits(self) -> bool:
@@ -161,6 +163,10 @@ class Gate:
             or threading.get_ident() in threads
             or any(closing.here() for closing in self._closings)
         )
+
+    def _unmapped(self, key: int) -> None:
+        self._mapped.pop(key, None)
+        self._wake()
 
     def _wake(self) -> None:
         for closing in list(self._closings):

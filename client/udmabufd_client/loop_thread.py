@@ -95,7 +95,7 @@ class LoopThread:
         if os.getpid() != self._pid:
             raise ServiceUnavailable("This client was made before fork(): connect anew in the child.")
         if threading.current_thread() is self._thread:
-            raise RuntimeError("a blocking call on the client's own thread would wait for itself")
+            raise RuntimeError("a blocking call on the client's own thread would wait for itself: make it in another")
         with self._lock:
             if self._stopping:
                 raise ServiceUnavailable("This client is closed: connect anew.")

@@ -56,8 +56,8 @@ class Memory:
 
     def fileno(self) -> int | None:
         """Borrow the descriptor, if there is one."""
-        fd = self._fd
-        return None if fd is None else fd.fileno()
+        with self.lock:
+            return None if self._fd is None else self._fd.fileno()
 
     def spare(self) -> OwnedFd | None:
         """Return a duplicate of the descriptor, if there is one. Raises OSError."""

@@ -4,93 +4,56 @@
 Whoever cares (notice.py) is asked first. Calls of this client's own that move a buffer are in own_moves.py, getting
 the new descriptor in descriptors.py.
 
-All attachments of a connection to one buffer are answered for together: the last answer is sent only when no Buffer of
-this client has the buffer's memory mapped. Until it is known how the move ended nobody gets in again.
+All attachments of a connection to one buffer are answered for together: none before all users have answered, and no
+Buffer of this client has the buffer's memory mapped. Until it is known how the move ended nobody gets in again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Final
 
 from udmabufd_client.attachment import Attached
+from udmabufd_client.attachments import Attachments
 from udmabufd_client.background import pauses
 from udmabufd_client.contract import BUFFER_INTERFACE, MOVE_TIMEOUT_MAX, State
 from udmabufd_client.descriptors import Descriptors
-from udmabufd_client.errors import NoSuchBuffer, UdmabufError
-from udmabufd_client.notice import CANCELLED, EVICTED, MOVED, MoveKind, Notice
+from udmabufd_client.errors import NoSuchBuffer, RateLimited, UdmabufError
+from udmabufd_client.notice import CANCELLED, MOVED, MoveKind, Notice
+from udmabufd_client.relocation import Relocation
 from udmabufd_client.session import DEFAULT_TIMEOUT, Session
 from udmabufd_client.share import Share, Shares
 from udmabufd_client.stillness import Stillness, either
 
 log = logging.getLogger(__name__)
 
-Read = Callable[[Share], Awaitable[object]]
-"""Reads a buffer's properties anew. Raises UdmabufError."""
-
-_OVERDUE: Final = 1.0
-"""Seconds after the time to answer in which the end of a move is told, unless the copying takes longer."""
-
-
-class _Relocation:
-    """One move or eviction of one buffer."""
-
-    def __init__(self, path: str, kind: MoveKind, serial: int, timeout: float) -> None:
-        self.path = path
-        self.kind = kind
-        self.serial = serial
-        self.timeout = timeout
-        self.overdue = asyncio.get_running_loop().time() + timeout + _OVERDUE
-        """When its end should have been told, in the loop's time."""
-        self.done = MOVED if kind == MoveKind.MOVE else EVICTED
-        """How it ends if it takes place."""
-        self.asked: dict[int, Attached | None] = {}
-        self.notices: dict[Share, Notice] = {}
-        self.caring: set[Share] = set()
-        """Those whose users have not answered yet."""
-        self.cleared = asyncio.Event()
-        """Set when no user is to be waited for any more."""
-        self.alone = asyncio.Event()
-        """Set when nothing is attached any more that was asked: the end of the move is not told then."""
-        self.answering = False
-        self.answered: set[int] = set()
-        self.answers: set[asyncio.Task[None]] = set()
-        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    def end(self, outcome: str) -> None:
-        if not self.over.done():
-            self.over.set_result(outcome)
-
-    def look_whether_alone(self) -> None:
-        if self.asked and not any(attached is None or attached.live for attached in self.asked.values()):
-            self.alone.set()
-
 
 class Moves:
     """The moves of one session's buffers. Belongs to the loop."""
 
-    def __init__(self, session: Session, shares: Shares, descriptors: Descriptors, read: Read) -> None:
+    def __init__(self, session: Session, shares: Shares, attachments: Attachments, descriptors: Descriptors) -> None:
         self._session = session
         self._shares = shares
+        self._attachments = attachments
         self._descriptors = descriptors
-        self._read = read
-        self._going: dict[str, _Relocation] = {}
+        self._going: dict[str, Relocation] = {}
+        self._early: dict[tuple[str, int], tuple[MoveKind, int, int]] = {}
+        """What attachments were asked that are not known yet: whose they are is not either."""
 
     # What the service says
 
     def move_notify(self, path: str, number: int, serial: int, timeout_ms: int) -> None:
         """MoveNotify: the buffer is about to get other memory."""
-        self._ask(MoveKind.MOVE, path, number, serial, timeout_ms)
+        self._ask(path, number, MoveKind.MOVE, serial, timeout_ms)
 
     def evict_notify(self, path: str, number: int, serial: int, timeout_ms: int) -> None:
         """EvictNotify: the buffer is about to lose its memory until its next use."""
-        self._ask(MoveKind.EVICT, path, number, serial, timeout_ms)
+        self._ask(path, number, MoveKind.EVICT, serial, timeout_ms)
 
     def moved(self, path: str, number: int, serial: int) -> None:
         """Moved: the buffer has other memory. It can come again after a restart of the service."""
+        self._early.pop((path, number), None)
         going = self._going.get(path)
         if going is not None and going.serial == serial:
             going.end(MOVED)
@@ -99,6 +62,7 @@ class Moves:
 
     def cancelled(self, path: str, number: int, serial: int) -> None:
         """MoveCancelled: everything is as before. It can come again after a restart of the service."""
+        self._early.pop((path, number), None)
         going = self._going.get(path)
         if going is not None and going.serial == serial:
             going.end(CANCELLED)
@@ -127,12 +91,30 @@ class Moves:
         """A share of the buffer, or an attachment to it, has ended."""
         if (going := self._going.get(path)) is not None:
             going.look_whether_alone()
-            for share in [share for share in going.caring if not any(each.live for each in share.attachments)]:
+            for share in [share for share in going.caring if not self._can_answer(going, share)]:
                 self._ready(going, share)
+
+    def lost(self) -> None:
+        """Nothing is heard any more; memory and descriptors stay valid."""
+        for share in self._shares.all():
+            share.watch.end()
+        for going in self._going.values():
+            going.end(CANCELLED)
+
+    def came(self) -> None:
+        """An attachment that was not known yet may be, or none is to come any more."""
+        for path, number in list(self._early):
+            if self._known(path, number) or not self._attachments.expected:
+                self._ask(path, number, *self._early.pop((path, number)))
 
     # Asked
 
-    def _ask(self, kind: MoveKind, path: str, number: int, serial: int, timeout_ms: int) -> None:
+    def _ask(self, path: str, number: int, kind: MoveKind, serial: int, timeout_ms: int) -> None:
+        known = self._known(path, number)
+        if known is None and self._attachments.expected:
+            # A signal is seen as soon as it is read, the reply to an Attach before it some turns of the loop later.
+            self._early[path, number] = kind, serial, timeout_ms
+            return
         going = self._going.get(path)
         if going is not None and (going.over.done() or (going.kind, going.serial) != (kind, serial)):
             # One at a time: if the end of the former one was not told, this tells it.
@@ -140,22 +122,29 @@ class Moves:
             going = None
         if going is None:
             timeout = min(timeout_ms, MOVE_TIMEOUT_MAX) / 1000
-            going = self._going[path] = _Relocation(path, kind, serial, timeout)
+            going = self._going[path] = Relocation(path, kind, serial, timeout)
+            going.asked[number] = known
             self._begin(going)
-        if number not in going.asked:
-            known = [each for share in self._shares.of(path) for each in share.attachments if each.number == number]
-            going.asked[number] = known[0] if known else None
-            if going.answering or (known and self._answers_early(going, known[0].share)):
+        elif number not in going.asked:
+            going.asked[number] = known
+            if going.answering:
                 self._answer(going, number)
 
-    def _begin(self, going: _Relocation) -> None:
-        for share in self._shares.of(going.path):
-            dynamic = [each for each in share.attachments if each.dynamic and each.live]
+    def _known(self, path: str, number: int) -> Attached | None:
+        known = [each for share in self._shares.of(path) for each in share.attachments if each.number == number]
+        return known[0] if known else None
+
+    def _begin(self, going: Relocation) -> None:
+        shares = self._shares.of(going.path)
+        # They answer for all descriptors of this client, also those of a Buffer that has attached nothing itself.
+        dynamic = [each for share in shares for each in share.attachments if each.dynamic and each.live]
+        for share in shares:
+            own = [each for each in dynamic if each.share is share]
             if dynamic and share.watch.cares:
                 going.caring.add(share)
                 going.notices[share] = Notice(
                     share,
-                    dynamic[0],
+                    (own or dynamic)[0],
                     going.kind,
                     going.serial,
                     going.timeout,
@@ -164,49 +153,47 @@ class Moves:
         if not going.caring:
             going.cleared.set()
         self._session.background.start(self._go(going))
-        if not self._session.reconnect:
-            self._session.background.start(self._end_when_lost(going))
         for share, notice in list(going.notices.items()):
-            share.watch.tell(notice)
+            # One who was told before can have ended others.
+            if not share.watch.tell(notice):
+                self._ready(going, share)
 
-    def _ready(self, going: _Relocation, share: Share) -> None:
+    def _ready(self, going: Relocation, share: Share) -> None:
         """The user of one Buffer has said that its importer has stopped."""
         if share not in going.caring:
             return
         going.caring.discard(share)
         if not going.caring:
             going.cleared.set()
-            return
-        for number, attached in going.asked.items():
-            if attached is not None and attached.share is share:
-                self._answer(going, number)
-        going.notices[share].answered()
+        else:
+            # The service is told later: if the others ended, which answers for them, this answer would be the last.
+            going.notices[share].answered()
 
-    def _answers_early(self, going: _Relocation, share: Share) -> bool:
-        """Whether a Buffer's user has answered while another's has not: the buffer waits for that one anyway."""
-        return bool(going.caring) and share in going.notices and share not in going.caring
+    def _can_answer(self, going: Relocation, share: Share) -> bool:
+        """Whether a Buffer's user has something to answer for still."""
+        shares = self._shares.of(going.path)
+        if share not in shares:
+            return False
+        asked = [share] if going.notices[share].asked.share is share else shares
+        return any(each.live for one in asked for each in one.attachments)
 
-    def _answer(self, going: _Relocation, number: int) -> None:
-        """MoveReady, once, without waiting for it."""
-        if number in going.answered:
-            return
-        going.answered.add(number)
+    def _answer(self, going: Relocation, number: int) -> None:
+        """MoveReady, without waiting for it; again if it was refused for its rate."""
         link = self._session.link
 
         async def answer() -> None:
-            try:
-                await self._session.ask(
-                    going.path,
-                    BUFFER_INTERFACE,
-                    "MoveReady",
-                    [number, going.serial],
-                    DEFAULT_TIMEOUT,
-                    again=True,
-                    only=link,
-                )
-            except UdmabufError as error:
-                # Late, or ended: what became of the move is told in any case.
-                log.debug("MoveReady of attachment %d of %s: %s", number, going.path, error)
+            call = "MoveReady", [number, going.serial], DEFAULT_TIMEOUT
+            for pause in pauses():
+                try:
+                    await self._session.ask(going.path, BUFFER_INTERFACE, *call, again=True, only=link)
+                except UdmabufError as error:
+                    # Late, or ended: what became of the move is told in any case.
+                    log.debug("MoveReady of attachment %d of %s: %s", number, going.path, error)
+                    if isinstance(error, RateLimited):
+                        await asyncio.wait({going.over}, timeout=pause)
+                        if not going.over.done():
+                            continue
+                return
 
         task = self._session.background.start(answer())
         going.answers.add(task)
@@ -214,7 +201,7 @@ class Moves:
 
     # From being asked to how it ended
 
-    async def _go(self, going: _Relocation) -> None:
+    async def _go(self, going: Relocation) -> None:
         stillness: Stillness | None = None
         outcome = CANCELLED
         try:
@@ -239,17 +226,7 @@ class Moves:
             for notice in going.notices.values():
                 notice.finish(outcome)
 
-    async def _end_when_lost(self, going: _Relocation) -> None:
-        """Without another connection nothing is to be heard any more; memory and descriptors stay valid."""
-        lost = asyncio.ensure_future(self._session.wait_lost())
-        both: set[asyncio.Future[Any]] = {lost, going.over}
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            lost.cancel()
-        going.end(CANCELLED)
-
-    async def _still(self, going: _Relocation, stillness: Stillness) -> bool:
+    async def _still(self, going: Relocation, stillness: Stillness) -> bool:
         """Wait until nobody uses the memory; False if it is over before."""
         reached = asyncio.Event()
 
@@ -265,7 +242,7 @@ class Moves:
         finally:
             waiting.cancel()
 
-    async def _give_up(self, going: _Relocation) -> None:
+    async def _give_up(self, going: Relocation) -> None:
         """Nobody uses the memory: answer. For an eviction the descriptors, which would keep it, are closed first."""
         if going.kind == MoveKind.EVICT:
             await self._know_tickets(going)
@@ -283,14 +260,14 @@ class Moves:
 
         asyncio.gather(*going.answers, return_exceptions=True).add_done_callback(answered)
 
-    async def _know_tickets(self, going: _Relocation) -> None:
+    async def _know_tickets(self, going: Relocation) -> None:
         for share in self._shares.of(going.path):
             try:
                 await self._descriptors.learn_ticket(share, going.timeout / 2)
             except UdmabufError as error:
                 log.debug("Buffer %s goes without its ticket: %s", share.id, error)
 
-    async def _outcome(self, going: _Relocation) -> str:
+    async def _outcome(self, going: Relocation) -> str:
         """Wait until it is told how it ended; ask when that is overdue, or when nobody would be told."""
         try:
             async with asyncio.timeout_at(going.overdue):
@@ -305,13 +282,13 @@ class Moves:
             await asyncio.wait({going.over}, timeout=pause)
         return going.over.result()
 
-    async def _look(self, going: _Relocation) -> None:
+    async def _look(self, going: Relocation) -> None:
         shares = self._shares.of(going.path)
         if not shares:
             going.end(CANCELLED)
             return
         try:
-            await self._read(shares[0])
+            await self._attachments.read(shares[0], shares[0], DEFAULT_TIMEOUT)
         except NoSuchBuffer:
             going.end(CANCELLED)
         except UdmabufError as error:
@@ -319,7 +296,7 @@ class Moves:
         else:
             self._judge(going, shares[0])
 
-    def _judge(self, going: _Relocation, share: Share) -> None:
+    def _judge(self, going: Relocation, share: Share) -> None:
         if share.state == State.MOVING:
             return
         if share.state == State.EVICTED or (share.info.serial or 0) >= going.serial:

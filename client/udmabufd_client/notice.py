@@ -83,7 +83,7 @@ class Watch:
     @property
     def cares(self) -> bool:
         """Whether there is anybody."""
-        return self.callback is not None or bool(self._listeners)
+        return not self._ended and (self.callback is not None or bool(self._listeners))
 
     def add(self, listener: Listener) -> None:
         """Have a listener told from now on."""
@@ -96,8 +96,10 @@ class Watch:
         """Have a listener told no longer."""
         self._listeners.discard(listener)
 
-    def tell(self, notice: Notice) -> None:
-        """Ask them all; the first answer counts."""
+    def tell(self, notice: Notice) -> bool:
+        """Ask them all; the first answer counts. False if there is nobody any more."""
+        if not self.cares:
+            return False
         for listener in list(self._listeners):
             listener.put(notice)
         if self.callback is not None:
@@ -105,9 +107,10 @@ class Watch:
                 self.callback(notice)
             except Exception:
                 log.exception("on_move failed")
+        return True
 
     def end(self) -> None:
-        """There will be no more: the share is given back, or lost."""
+        """There will be no more: the share is given back, or lost, or nothing is heard of it any more."""
         self._ended = True
         for listener in list(self._listeners):
             listener.put(None)

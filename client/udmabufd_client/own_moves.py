@@ -64,8 +64,7 @@ class OwnMoves:
         """Attach. What may move the buffer is first tried so that it cannot, while the memory is mapped here."""
         mine = self._movable(share)
         dynamic = "dynamic" in options and bool(options["dynamic"].value)
-        used = any(each.memory.has_fd or not each.memory.gate.idle for each in self._all(share))
-        if not used or not (mine or dynamic):
+        if not (mine or dynamic):
             # A static attachment beside a descriptor holds the buffer in place: it is never moved for that.
             return await self._attachments.attach(share, device, options, left)
         why = ""
@@ -76,6 +75,8 @@ class OwnMoves:
                 why = f" Without a move the service says: {error}"
         async with self._still(share, left, why) as go_on:
             attached = await self._attachments.attach(share, device, options, left)
+            if not self._has_fd(share):
+                return attached
             try:
                 await self._learn(share, left())
             except UdmabufError as error:
@@ -125,6 +126,9 @@ class OwnMoves:
     def _all(self, share: Share) -> list[Share]:
         return [share, *(other for other in self._shares.of(share.path) if other is not share)]
 
+    def _has_fd(self, share: Share) -> bool:
+        return any(each.memory.has_fd for each in self._all(share))
+
     def _movable(self, share: Share) -> Attached | None:
         known = [each for one in self._all(share) for each in one.attachments if each.dynamic and each.live]
         return known[0] if known else None
@@ -140,7 +144,7 @@ class OwnMoves:
 
         def go_on() -> None:
             nonlocal handed_on
-            if self._session.alive and not handed_on:
+            if self._session.alive and not handed_on and self._has_fd(share):
                 handed_on = True
                 self._session.background.start(self._until_known(share, stillness))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pins of attachments: each call counts once, also when its answer was lost.
+"""Pins of attachments: each call counts once, also when its answer was lost, or nobody waits for it any more.
 
 Pins end with their attachment; when that had to be attached anew, keeper.py has them set again.
 """
@@ -7,15 +7,19 @@ Pins end with their attachment; when that had to be attached anew, keeper.py has
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
+from udmabufd_base.connection import Reply
 from udmabufd_client.attachment import Attached
 from udmabufd_client.attachments import Attachments, Rows
 from udmabufd_client.contract import BUFFER_INTERFACE
-from udmabufd_client.errors import CallTimedOut, InvalidSpec, NoSuchBuffer, ServiceRestarted
+from udmabufd_client.errors import CallTimedOut, InvalidSpec, NoSuchBuffer, ServiceRestarted, UdmabufError
 from udmabufd_client.session import DEFAULT_TIMEOUT, Session
 from udmabufd_client.share import Share
+
+log = logging.getLogger(__name__)
 
 Left = Callable[[], float]
 """Tells how many seconds are left."""
@@ -74,14 +78,32 @@ class Pins:
                 raise InvalidSpec(f"attachment: that of {attached.device} has ended: {attached.reason or 'released'}.")
             return [attached.number]
 
+        def late(_: Reply) -> None:
+            # A Pin waits for moves, its caller perhaps not so long: nobody would take it back.
+            if member == "Unpin":
+                attached.pins -= 1
+            elif attached.live and not attached.share.released:
+                self._session.background.post(self._take_back(attached))
+
         try:
-            await self._session.ask(target, BUFFER_INTERFACE, member, body, left(), again=False)
+            await self._session.bring(
+                target, BUFFER_INTERFACE, member, body, left(), again=False, take=lambda _: None, refuse=late
+            )
         except ServiceRestarted:
             if not left():
                 raise
             rows = await self._attachments.read(attached.share, target, left())
             return self._present(attached, rows) == expected
         return True
+
+    async def _take_back(self, attached: Attached) -> None:
+        link, body = self._session.link, [attached.number]
+        try:
+            await self._session.ask(
+                attached.share.path, BUFFER_INTERFACE, "Unpin", body, DEFAULT_TIMEOUT, again=False, only=link
+            )
+        except UdmabufError as error:
+            log.info("Attachment %d of buffer %s stays pinned: %s", attached.number, attached.share.id, error)
 
     def _present(self, attached: Attached, rows: Rows) -> int:
         """Return how often the service says that it is pinned."""

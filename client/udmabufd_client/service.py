@@ -55,6 +55,7 @@ class Service:
             signal=self._signal,
             restarted=lambda: self._keeper.restarted(),
             reconnected=lambda: self._keeper.reconnected(),
+            over=lambda: self._moves.lost(),
         )
         self._releases = Releases(self.session, self._shares)
         self._arrivals = Arrivals(self.session, self._shares, self._releases)
@@ -62,13 +63,9 @@ class Service:
         self.pins = Pins(self.session, self.attachments)
         self.descriptors = Descriptors(self.session, self._shares, timeout)
         self.own_moves = OwnMoves(self.session, self._shares, self.attachments, self.pins, self.descriptors)
-        self._moves = Moves(
-            self.session,
-            self._shares,
-            self.descriptors,
-            lambda share: self.attachments.read(share, share, DEFAULT_TIMEOUT),
-        )
+        self._moves = Moves(self.session, self._shares, self.attachments, self.descriptors)
         self.attachments.left = self._moves.left
+        self.attachments.came = self._moves.came
         self.reports = Reports(self.session)
         self._tellers: dict[tuple[str, str], Callable[..., None]] = {
             (PROPERTIES_INTERFACE, "PropertiesChanged"): self._changed,

@@ -48,7 +48,8 @@ class Session:
     """A link that is replaced when it is lost. Belongs to the loop and the process that opened it.
 
     `restarted` is called when another service has taken the place of the former one on the same link, `reconnected`
-    when there is another link, before any call that waited for it goes on.
+    when there is another link, before any call that waited for it goes on; `over` when nothing will be heard any more,
+    perhaps twice.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Session:
         signal: Callable[[Incoming], None],
         restarted: Callable[[], None],
         reconnected: Callable[[], None],
+        over: Callable[[], None],
     ) -> None:
         """For open()."""
         self.link: Link
@@ -70,6 +72,7 @@ class Session:
         self._signal = signal
         self._restarted = restarted
         self._reconnected = reconnected
+        self._over = over
         self._loop = asyncio.get_running_loop()
         self.home = Home()
         self._closed = False
@@ -118,6 +121,7 @@ class Session:
         self.link.abandon()
         self._lost.set()
         self._changed.set()
+        self._over()
         return self.background.cancel()
 
     def soon(self, callback: Callable[..., object], *args: Any) -> None:
@@ -172,7 +176,7 @@ class Session:
         target: Share | str,
         interface_name: str,
         member: str,
-        body: Sequence[Any],
+        body: Body,
         timeout: float | None,
         *,
         again: bool,
@@ -186,13 +190,14 @@ class Session:
         """
 
         def attempt(link: Link, left: float) -> Awaitable[T]:
+            sent = body() if callable(body) else body
             duplicates: list[OwnedFd] = []
             try:
                 duplicates.extend(fd.dup() for fd in fds)
             except BaseException:
                 close_all(duplicates)
                 raise
-            return link.bring(str(target), interface_name, member, body, left, duplicates, take=take, refuse=refuse)
+            return link.bring(str(target), interface_name, member, sent, left, duplicates, take=take, refuse=refuse)
 
         return await self._made(member, timeout, attempt, again=again, target=target, brings=True)
 
@@ -315,6 +320,7 @@ class Session:
             await self.link.wait_lost()
             self._lost.set()
             if self._closed or not self.reconnect:
+                self._over()
                 return
             log.info("The connection to the bus is lost (%s); connecting again", self.link.lost)
             await self.link.close()

@@ -79,7 +79,10 @@ class Move(MoveBase):
 
     @property
     def attachment(self) -> Attachment:
-        """The Buffer's dynamic attachment, the first of them if there are several: one answer is for all."""
+        """The Buffer's dynamic attachment, the first of them if there are several: one answer is for all.
+
+        Where it has none itself it is that of another Buffer of the same memory, which answers for this client.
+        """
         return Attachment(self._loop, self._service, self._notice.asked)
 
     def ready(self) -> None:
@@ -161,7 +164,7 @@ class Buffer(BufferBase):
         if not self._settled or attachment is not None:
             left = self._service.countdown(timeout)
             self._client._run(self._service.descriptors.obtain(self._share, self._attachment(attachment), left))
-        return self._present(self._memory.fileno())
+        return self.fileno()
 
     def attach(
         self,
@@ -181,7 +184,8 @@ class Buffer(BufferBase):
         With `dynamic` the importer can be told to use other memory: see the class. When the memory that the buffer has
         does not suit, it is moved, if all that is attached is dynamic and not pinned, and nobody has a descriptor
         without a dynamic attachment; Busy otherwise, and when it is still mapped in this process after 10 s.
-        MoveTimedOut when another importer did not answer.
+        MoveTimedOut when another importer did not answer. As with move(), this client is not asked: importers of its
+        own stop before the call, and where `info.serial` is another one afterwards take the descriptor anew.
         """
         options = marshal_attach(constraints=constraints, dynamic=dynamic or None)
         left = self._service.countdown(timeout)
@@ -199,7 +203,8 @@ class Buffer(BufferBase):
     def move(self, allocator: str | None = None, *, timeout: float | None = None) -> int:
         """Give the buffer other memory, with the same contents: of `allocator`, or of the first that matches.
 
-        Return the serial that it has then. Waits, 10 s at most, until nobody in this process has it mapped. Raises
+        Return the serial that it has then. Waits, 10 s at most, until nobody in this process has it mapped. The call
+        is this client's own answer: neither `on_move` nor moves() of any Buffer of it is asked. Raises
         Busy when something holds it in place, such as a map here, MoveTimedOut when an importer did not answer,
         NoAllocator, NotSupported; ServiceRestarted where whether it moved is to be seen by `info.serial`.
         """
@@ -220,7 +225,9 @@ class Buffer(BufferBase):
         """Called with a Move before the memory is given up, which then waits for its ready().
 
         Runs on the client's own thread, on which the client cannot be called, and must not block: what takes time is
-        for another thread, which calls ready(). Without it, and without moves(), the Buffer answers by itself.
+        for another thread, which calls ready(). Without it, and without moves(), the Buffer answers by itself. If it
+        raises, or ready() is never called, the move is cancelled when its time is over. Not called for this client's
+        own move() and attach().
         """
         return self._on_move
 
@@ -238,7 +245,9 @@ class Buffer(BufferBase):
     def moves(self) -> MoveStream:
         """Return the moves to come: `for move in buffer.moves()`, in a thread, each to be answered by ready().
 
-        From now on, and while the stream is referred to, the Buffer does not answer by itself. It ends with the share.
+        From now on, and while the stream is referred to, the Buffer does not answer by itself. It ends with the share
+        and with the client: a thread that waits in it keeps the program from ending before, unless it is a daemon. Not
+        asked about this client's own move() and attach().
         """
         return MoveStream(self._client._loop, self._service, self._share)
 

@@ -333,6 +333,20 @@ async def test_drain_says_what_has_moved(fake: FakeAllocator, ctl: Ctl) -> None:
     assert [body for header, body in fake.calls if header.member == "Drain"] == [["heap:a"], ["heap:a"]]
 
 
+async def test_what_ends_or_is_evicted_during_a_drain_has_not_moved(fake: FakeAllocator, ctl: Ctl) -> None:
+    draining = Draining(fake)
+
+    def drain(incoming: Incoming) -> None:
+        draining.move(*range(3, 9))
+        draining.rows[2] = listed(3, "udmabuf", "evicted", 3 << 20)
+        del draining.rows[1]
+        fake.reply(incoming.header)
+
+    fake.answers["Drain"] = drain
+    _, out, _ = await ctl("drain", "heap:a", "--json")
+    assert json.loads(out) == {"allocator": "heap:a", "moved": 5, "bytes": 30 << 20}
+
+
 async def test_a_drain_that_takes_long_says_how_many_are_left(open_bus: PrivateBus, fake: FakeAllocator) -> None:
     draining = Draining(fake)
     process = await begin(open_bus.address, "drain", "heap:a")

@@ -17,7 +17,7 @@ import pytest
 from tests.bus.fake_allocator import PAGE, Backing
 from tests.bus.moving_buffer import Mover, until
 from tests.bus.private_bus import PrivateBus
-from tests.bus.test_client_moves import again, backing, client, inode, mover, seen
+from tests.bus.test_client_moves import again, backing, client, first_byte, inode, mover, seen
 from tests.bus.test_client_restart import Successor, calls, successor
 from udmabufd_base.codec import Variant
 from udmabufd_base.connection import Incoming
@@ -553,3 +553,29 @@ async def test_the_end_of_a_blocking_client_lets_those_go_who_wait(mover: Mover,
     buffer.close()
     del waiting
     gc.collect()
+
+
+async def test_a_first_descriptor_that_comes_beside_an_attach_is_not_used_before_its_end(
+    mover: Mover, client: Client, backing: Backing
+) -> None:
+    taken: dict[str, Incoming] = {}
+    with await client.import_ticket("ticket") as buffer:
+        await buffer.attach(CAMERA, dynamic=True)
+        for member in ("GetFd", "Attach"):
+            mover.fake.answers[member] = lambda incoming: taken.update({incoming.header.member: incoming})
+        getting = asyncio.create_task(buffer.get_fd())
+        await mover.fake.called("GetFd")
+        attaching = asyncio.create_task(buffer.attach(CARD, dynamic=True))
+        await mover.fake.called("Attach", 2)
+        mover.give(taken["GetFd"])
+        await getting
+        mapping = asyncio.create_task(asyncio.to_thread(first_byte, buffer))
+        await seen(client)
+        backing.write(b"last")
+        # To the service the call was the answer, and by now there is a copy.
+        mover.fake.answers["GetFd"] = mover.give
+        mover.move(1)
+        backing.write(b"new")
+        mover.fake.attached(taken["Attach"].header, 2)
+        await attaching
+        assert (await mapping, inode(buffer)) == (b"n", backing.inode)

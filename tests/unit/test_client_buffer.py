@@ -30,6 +30,7 @@ from udmabufd_client.buffer import BufferBase
 from udmabufd_client.contract import BUFFER_PATH_PREFIX, State
 from udmabufd_client.info import BufferInfo
 from udmabufd_client.integrations import linux_dmabuf_planes, plane_array
+from udmabufd_client.memory import Memory
 from udmabufd_client.service import Service
 from udmabufd_client.share import Share
 
@@ -520,3 +521,24 @@ def test_a_plane_as_an_array_has_its_stride(service: Recorder) -> None:
 def test_a_shape_that_does_not_fit_is_refused(service: Recorder, shape: tuple[int, ...]) -> None:
     with nv12(service) as buffer, buffer.map() as view, pytest.raises(ValueError, match="does not fit"):
         plane_array(view, buffer.planes[0], shape)
+
+
+def test_what_is_evicted_again_at_once_is_brought_back_again(service: Recorder) -> None:
+    """In a thread, whose turn may come only when the next eviction is over."""
+    for borrow in (BufferBase.fileno, BufferBase.dup, BufferBase.steal_fd):
+        with make(service) as buffer:
+            memory = buffer._memory
+            times = count()
+
+            def bring_back(share: Share, memory: Memory = memory, times: Iterator[int] = times) -> None:
+                memory.take(OwnedFd(os.memfd_create("back")), share.info)
+                if next(times) == 0:
+                    memory.send_away()
+
+            memory.send_away()
+            service.bring_back = bring_back
+            number = borrow(buffer)
+            assert is_open(number)
+            if borrow is not BufferBase.fileno:
+                os.close(number)
+            assert next(times) == 2

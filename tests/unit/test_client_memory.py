@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -123,3 +124,34 @@ def test_buffers_of_one_memory_have_one_gate() -> None:
         idle = one.gate.idle
     assert (idle, one.gate.idle) == (False, True)
     two.close()
+
+
+class Lingering(OwnedFd):
+    """Gives its number away slowly."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self.asked = threading.Event()
+        self.replaced = threading.Event()
+
+    def fileno(self) -> int:
+        self.asked.set()
+        self.replaced.wait(0.2)
+        return super().fileno()
+
+
+def test_a_number_is_borrowed_while_a_move_replaces_the_descriptor() -> None:
+    memory = Memory()
+    old = Lingering(made().steal())
+    memory.take(old, of(1))
+
+    def move() -> None:
+        assert old.asked.wait(10)
+        memory.take(made(), of(2))
+        old.replaced.set()
+
+    moving = threading.Thread(target=move)
+    moving.start()
+    assert memory.fileno() is not None
+    moving.join()
+    memory.close()

@@ -79,8 +79,9 @@ async def _run(arguments: argparse.Namespace) -> int:
                 await reported(client.drain(allocator, interactive=can_ask()), progress)
             except (Busy, MoveTimedOut) as error:
                 raise type(error)(f"{str(error).rstrip('.')}. {await _next_step(client, allocator)}") from error
-        left = {buffer.id for buffer in await _there(client, allocator)}
-    moved = [buffer for buffer in before if buffer.id not in left]
+        # Others have ended meanwhile, or were evicted.
+        elsewhere = {buffer.id for buffer in await _in_memory(client) if buffer.allocator != allocator}
+    moved = [buffer for buffer in before if buffer.id in elsewhere]
     byte_count = sum(buffer.size or 0 for buffer in moved)
     if arguments.json:
         print(as_json({"allocator": allocator, "moved": len(moved), "bytes": byte_count}))
@@ -93,11 +94,11 @@ async def _run(arguments: argparse.Namespace) -> int:
 
 async def _there(client: Client, allocator: str) -> Sequence[ListedBuffer]:
     """Return the buffers that have memory of the allocator, as far as this user is told."""
-    return [
-        buffer
-        for buffer in await client.list_buffers()
-        if buffer.allocator == allocator and buffer.state in (State.BACKED, State.MOVING)
-    ]
+    return [buffer for buffer in await _in_memory(client) if buffer.allocator == allocator]
+
+
+async def _in_memory(client: Client) -> Sequence[ListedBuffer]:
+    return [buffer for buffer in await client.list_buffers() if buffer.state in (State.BACKED, State.MOVING)]
 
 
 async def _next_step(client: Client, allocator: str) -> str:
