@@ -81,6 +81,8 @@ class Importers(Compared):
             task.add_done_callback(self._answers.discard)
         elif header.member in ("Moved", "MoveCancelled"):
             self._news.append((known, header.member, body[1]))
+            if header.member == "MoveCancelled":
+                known.cancelled = body[1]
             pending = self._pending.get((known, body[0]))
             if pending is not None and pending.serial == body[1]:
                 del self._pending[known, body[0]]
@@ -115,8 +117,7 @@ class Importers(Compared):
                 continue
         for known, told, serial in self._news:
             if known in self.books.buffers:
-                so = (told == "Moved") == (known.serial >= serial)
-                assert so, f"{told} to {serial} is not so: {known}"
+                assert known.is_so(told, serial), f"{told} to {serial} is not so: {known}"
         assert not self._wrong, self._wrong
         self._pending.clear()
         self._news.clear()

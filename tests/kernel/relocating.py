@@ -46,7 +46,7 @@ class Relocating(Calls):
         known.evicted, self.giving_up = False, True
         if target != ORDINARY:
             self.relocated(known, target, None)
-        known.serial += 1
+        known.advance()
         self.happened["came back" if target == ORDINARY else "came back elsewhere"] += 1
 
     def relocated(self, known: Known, target: str, causer: Payer | None) -> None:
@@ -61,7 +61,7 @@ class Relocating(Calls):
     def moved(self, known: Known, target: str, causer: Payer | None) -> None:
         """`known` has moved to `target` because of `causer`."""
         self.relocated(known, target, None if causer is None or causer.uid == known.payer.uid else causer)
-        known.serial += 1
+        known.advance()
         self.happened["moved"] += 1
 
     def evicted(self, known: Known) -> None:

@@ -158,7 +158,7 @@ async def test_a_process_that_is_stopped(
             bob("write", 0, 64, b"goes on".hex())
             assert contents(use.own, 71)[64:] == b"goes on"
             assert (await asyncio.to_thread(alice, *contiguous))["number"] == 4
-            await third.moved(path, 2)
+            await third.moved(path, 3)
             bob("write", 0, 80, b"there".hex())
             expected = data[:64] + b"goes on" + data[71:80] + b"there" + data[85:]
             assert contents(use.own, size) == expected

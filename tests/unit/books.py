@@ -102,6 +102,8 @@ class Known:
     elsewhere: str = ""
     """The allocator of its memory, if that is another than what memory of its kind is of at first."""
     serial: int = 0
+    cancelled: int = 0
+    """The last serial that somebody was told will not come."""
     evicted: bool = False
     withdrawn: bool = False
     """It was evicted when its last holder went: nobody can have it again."""
@@ -133,6 +135,14 @@ class Known:
     def back(self, allocator: str) -> None:
         """It has got its first memory."""
         self.allocator, self.serial = allocator, 1
+
+    def is_so(self, told: str, serial: int) -> bool:
+        """Whether Moved, or MoveCancelled, was told rightly of a move to `serial`."""
+        return serial <= self.serial if told == "Moved" else serial != self.serial
+
+    def advance(self) -> None:
+        """It has other memory, or its own again: under a serial of which nobody was told that it will not come."""
+        self.serial = max(self.serial, self.cancelled) + 1
 
     @property
     def free(self) -> bool:

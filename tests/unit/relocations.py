@@ -67,7 +67,7 @@ class Relocations(Calls):
                 raise Wrong(f"{key} was never told what came of {asked}")
         for told in self._news:
             known = by_id.get(told.buffer)
-            if known is not None and (told.notice is Notice.MOVED) != (known.serial >= told.serial):
+            if known is not None and not known.is_so(told.notice.value, told.serial):
                 raise Wrong(f"{told} is not so: {known.serial}")
         for client, detaching in self._detaching:
             # Another attachment of it may have had it leave at the same moment.
@@ -88,6 +88,9 @@ class Relocations(Calls):
         key = told.buffer, told.attachment
         if told.notice not in (Notice.MOVE, Notice.EVICT):
             self._news.append(told)
+            for known in self.books.buffers:
+                if known.id == told.buffer and told.notice is Notice.CANCELLED:
+                    known.cancelled = told.serial
             if key in self._pending and self._pending[key].serial == told.serial:
                 del self._pending[key]
             return
@@ -170,7 +173,7 @@ class Relocations(Calls):
         known.evicted = False
         if target != ORDINARY:
             self._moved(known, target, None)
-        known.serial += 1
+        known.advance()
         self.happened["came back" if target == ORDINARY else "came back elsewhere"] += 1
 
     def _moves(
@@ -181,14 +184,14 @@ class Relocations(Calls):
 
         def moved(answer: Any) -> None:
             self._moved(known, allocator, causer)
-            known.serial += 1
+            known.advance()
             self.happened["moved"] += 1
             done(answer)
 
         def perhaps() -> None:
             if self._there(known).serial > known.serial:
                 self._moved(known, allocator, causer)
-                known.serial += 1
+                known.advance()
                 self.happened["moved before a kill"] += 1
             cut_off()
 
@@ -429,7 +432,7 @@ class Relocations(Calls):
                 left = left or not moved
                 if moved:
                     self._moved(known, target, ROOT)
-                    known.serial += 1
+                    known.advance()
                     self.happened["drained"] += 1
             late: Errors = MoveTimedOut if fits else (Busy, MoveTimedOut)
             return (Busy if staying else late) if left else None

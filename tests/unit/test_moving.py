@@ -419,7 +419,7 @@ class TestAnswers:
             clients.silent = set()
             for client in (ALICE, BOB):
                 await clients.attach(client, "other")
-            assert await clients.move() == 2
+            assert await clients.move() == 3
 
         play(scene)
 
@@ -452,7 +452,7 @@ class TestAnswers:
                 clients.move,
                 lambda: clients.attach(ALICE, "card"),
             )
-            for call in calls:
+            for serial, call in enumerate(calls, 2):
                 await asyncio.sleep(0.1)
                 world.machine.told.clear()
                 moving = await begun(call())
@@ -461,18 +461,46 @@ class TestAnswers:
                 with pytest.raises(MoveTimedOut, match="^1 of 2 importers did not answer within 5000 ms"):
                     await moving
                 # All who were asked are told, and nobody else.
-                assert [clients.told(client) for client in (BOB, EVE, ALICE)] == [[(MOVE, 2), (CANCELLED, 2)]] * 2 + [
-                    []
-                ]
+                told = [(MOVE, serial), (CANCELLED, serial)]
+                assert [clients.told(client) for client in (BOB, EVE, ALICE)] == [told, told, []]
                 await at_rest()
                 assert as_it_is(clients) == before
                 with pytest.raises(Busy, match="^serial: "):
-                    clients.ready(BOB, 2, 2)
-            # The next one takes place; of the same serial.
+                    clients.ready(BOB, 2, serial)
+            # The next one takes place.
             clients.silent = set()
             world.machine.told.clear()
-            assert await clients.move() == 2
-            assert clients.told(BOB) == [(MOVE, 2), (MOVED, 2)]
+            assert await clients.move() == 4
+            assert clients.told(BOB) == [(MOVE, 4), (MOVED, 4)]
+            clients.close()
+
+        play(scene)
+
+    @pytest.mark.parametrize("what", ["move", "evict"])
+    @pytest.mark.parametrize("again", [False, True], ids=["at once", "after a restart"])
+    def test_a_late_answer_is_none_to_another_move(self, play: Play, what: str, again: bool) -> None:
+        """Its importer goes on with the memory once it reads that the move is off, before it is asked anew."""
+
+        async def scene(world: World) -> None:
+            clients = await two(world)
+            clients.silent = {BOB}
+            clients.close()
+            with pytest.raises(MoveTimedOut):
+                await getattr(clients, what)()
+            assert clients.told(BOB)[-1] == (CANCELLED, 2)
+            if again:
+                await world.again()
+            moving = await begun(clients.move() if what == "move" else clients.evict())
+            assert clients.told(BOB)[-1] == (MOVE if what == "move" else EVICT, 3)
+            with pytest.raises(Busy, match="^serial: no move to 2 waits"):
+                clients.ready(BOB, 2, 2)
+            await at_rest()
+            assert not moving.done()
+            clients.ready(BOB, 2, 3)
+            await moving
+            clients.silent = set()
+            await clients.get(BOB, 2)
+            assert clients.buffer.serial == 3
             clients.close()
 
         play(scene)

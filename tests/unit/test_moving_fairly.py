@@ -225,7 +225,7 @@ def test_a_fence_occupies_none_of_the_threads_that_copy(play: Play) -> None:
         assert (moving.done(), len(world.machine.copies)) == (False, 1)
         world.machine.fenced.clear()
         os.write(source.fileno(), b"!")
-        assert await moving == 2
+        assert await moving == 3
         assert len(world.machine.copies) == 2
         assert world.life.left_open() == []
 

@@ -270,7 +270,7 @@ def test_a_connection_that_ends_meanwhile_is_told_nothing(play: Play) -> None:
             await moving
         assert clients.told(BOB) == [(Notice.MOVE, 2)]
         assert (clients.buffer.state, set(UIDS) - set(world.names)) == (State.BACKED, {BOB})
-        assert await clients.move() == 2
+        assert await clients.move() == 3
 
     play(scene)
 

@@ -455,6 +455,8 @@ def test_the_longest_records_fit(state: StateFile, filler: str) -> None:
     repeat = Repeat(owner, filler * 64, "AllocateMany", "f" * 32, 15, 16)
     buffer = _buffer(request, owner, repeat)
     buffer.attached = 1 << 32
+    buffer.serial = buffer.called_off = buffer.moving = 1 << 26
+    buffer.kept, buffer.awaited = True, 1e7 + 1 / 3
     record = records.of_buffer(buffer, buffer.order)
     record["memory"]["dma_buf"] = record["memory"]["memfd"] = 1 << 62
     slot = state.write(None, record)

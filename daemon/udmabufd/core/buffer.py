@@ -77,6 +77,9 @@ class Buffer:
     """Held while the memory is being made, so that it is made once."""
     moving: int = 0
     """The serial that it will have when the move or eviction that is under way has come to its end; 0 for none."""
+    called_off: int = 0
+    """The serial of the last move or eviction that was announced and cancelled: a late answer to it is to be none to
+    another, so no other has it. 0 for none."""
     cut_off: int = 0
     """The serial of the move that the end of the former run has cut off, until the importers are told; 0 for none."""
     origin: str = ""
@@ -116,6 +119,11 @@ class Buffer:
         if self.memory is None:
             return State.EMPTY
         return State.EVICTED if self.evicted else State.BACKED
+
+    @property
+    def next_serial(self) -> int:
+        """What its serial will be with the next memory."""
+        return max(self.serial, self.called_off) + 1
 
     @property
     def evicted(self) -> bool:

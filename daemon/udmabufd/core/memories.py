@@ -121,7 +121,7 @@ class Memories:
         memory, and what it had lingers. Raises OutOfMemory.
         """
         with step(buffer, Step.BROUGHT_BACK):
-            self.exchange(buffer, other, bill, buffer.serial + 1)
+            self.exchange(buffer, other, bill, buffer.next_serial)
 
     def withdraw(self, buffer: Buffer, memory: Memory, stored_as: str) -> None:
         """Put `memory`, the witness that remains of a lingering buffer, in the place of what clients had."""

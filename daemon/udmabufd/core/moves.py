@@ -132,13 +132,13 @@ class Moves:
         if notice is Notice.MOVE:
             # The call that asks for it is its caller's own answer.
             importers = [a for a in importers if a.holder is not asking]
-        serial = buffer.serial + 1
+        serial = buffer.next_serial
         move = self._moves[buffer] = Move(buffer, notice, serial, asking, importers, set(importers))
         done = False
 
         def tell() -> None:
             if not done:
-                self._tell_rest(buffer, importers, Notice.CANCELLED, serial)
+                self._call_off(buffer, importers, serial)
             elif notice is Notice.MOVE:
                 everybody = [a for a in buffer.attachments.values() if a.wish.dynamic]
                 self._tell_rest(buffer, everybody, Notice.MOVED, serial)
@@ -186,7 +186,7 @@ class Moves:
                 if buffer.serial >= serial:
                     self._tell_rest(buffer, importers, Notice.MOVED, serial)
                 elif not buffer.evicted:
-                    self._tell_rest(buffer, importers, Notice.CANCELLED, serial)
+                    self._call_off(buffer, importers, serial)
                 buffer.cut_off = 0
                 self._registry.record(buffer)
 
@@ -208,8 +208,14 @@ class Moves:
             move.waiting.remove(attachment)
             move.check()
 
-    def _tell_rest(self, buffer: Buffer, importers: list[Attachment], notice: Notice, serial: int) -> None:
-        """Tell those of `importers` that are attached still."""
-        for attachment in importers:
-            if buffer.attachments.get(attachment.number) is attachment:
-                self.tell(buffer, attachment, notice, serial, 0)
+    def _call_off(self, buffer: Buffer, importers: list[Attachment], serial: int) -> None:
+        """Tell those of `importers` that are attached still that the move to `serial` will not take place."""
+        if self._tell_rest(buffer, importers, Notice.CANCELLED, serial):
+            buffer.called_off = serial
+
+    def _tell_rest(self, buffer: Buffer, importers: list[Attachment], notice: Notice, serial: int) -> bool:
+        """Tell those of `importers` that are attached still; return whether there are any."""
+        rest = [attachment for attachment in importers if buffer.attachments.get(attachment.number) is attachment]
+        for attachment in rest:
+            self.tell(buffer, attachment, notice, serial, 0)
+        return bool(rest)

@@ -66,6 +66,7 @@ class StoredBuffer:
     stored_as: str
     attached: int
     moving: int
+    called_off: int
     origin: str
     memory: StoredMemory | None
 
@@ -109,13 +110,8 @@ def of_buffer(buffer: Buffer, order: int) -> dict[str, Any]:
         "name": buffer.name,
         "payer": list(buffer.payer),
         "serial": buffer.serial,
-        "ended": buffer.ended,
-        "kept": buffer.kept,
-        "awaited": buffer.awaited,
         "stored_as": buffer.stored_as,
         "attached": buffer.attached,
-        "moving": buffer.moving or buffer.cut_off,
-        "origin": buffer.origin,
         "request": {
             "size": request.size,
             "size_requested": request.size_requested,
@@ -131,6 +127,16 @@ def of_buffer(buffer: Buffer, order: int) -> dict[str, Any]:
             "constraints": request.constraints.values(),
         },
     }
+    rare = {
+        "ended": buffer.ended,
+        "kept": buffer.kept,
+        "awaited": round(buffer.awaited, 3),
+        "moving": buffer.moving or buffer.cut_off,
+        "called_off": buffer.called_off,
+        "origin": buffer.origin,
+    }
+    # The longest records are nearly as long as can be.
+    record.update({key: value for key, value in rare.items() if value})
     if memory is not None:
         record["memory"] = {
             "allocator": memory.allocator,
@@ -257,6 +263,7 @@ def _buffer_of(slot: int, record: Mapping[str, Any]) -> StoredBuffer:
         stored_as=str(record["stored_as"]),
         attached=int(record.get("attached", 0)),
         moving=int(record.get("moving", 0)),
+        called_off=int(record.get("called_off", 0)),
         origin=str(record.get("origin", "")),
         memory=None
         if memory is None

@@ -239,6 +239,7 @@ def _buffer(stored: StoredBuffer, memory: Memory | None) -> Buffer:
         stored_as=stored.stored_as,
         attached=stored.attached,
         cut_off=stored.moving,
+        called_off=stored.called_off,
         origin=stored.origin,
         order=stored.order,
         slot=stored.slot,
