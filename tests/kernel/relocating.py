@@ -45,6 +45,8 @@ class Relocating(Calls):
         """`known` was evicted, and is back, in memory of `target`."""
         known.evicted, self.giving_up = False, True
         if target != ORDINARY:
+            # Of what it was out in, nobody was told the inode.
+            self._inodes.pop(known, None)
             self.relocated(known, target, None)
         known.advance()
         self.happened["came back" if target == ORDINARY else "came back elsewhere"] += 1

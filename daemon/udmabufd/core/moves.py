@@ -146,6 +146,7 @@ class Moves:
         try:
             self._registry.moves(buffer, serial)
             for attachment in importers:
+                attachment.presumed = 0
                 self.tell(buffer, attachment, notice, serial, self.timeout_ms)
             await self._answers(move)
             # An importer whose device has gone answers for nothing any more.
@@ -167,7 +168,7 @@ class Moves:
         move = self._moves.get(buffer)
         if move is None or move.serial != serial or attachment not in move.told:
             if attachment.presumed == serial >= buffer.serial:
-                # It was asked, and answers: nobody can have been told of another move to that serial yet.
+                # It was asked, and answers.
                 attachment.presumed = 0
                 return
             raise Busy(f"serial: no move to {serial} waits for attachment {attachment.number}")
