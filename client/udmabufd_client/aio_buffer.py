@@ -15,7 +15,7 @@ from typing import Self
 from udmabufd_client.attachment import Attached, AttachmentBase
 from udmabufd_client.buffer import BufferBase
 from udmabufd_client.errors import CallTimedOut
-from udmabufd_client.notice import MoveBase, Notice
+from udmabufd_client.notice import UNREAD_MAX, MoveBase, Notice
 from udmabufd_client.service import Service
 from udmabufd_client.share import Share
 from udmabufd_client.spec import check_text, marshal_attach, marshal_move
@@ -110,6 +110,8 @@ class MoveStream:
 
     def put(self, notice: Notice | None) -> None:
         """Take a notice; None at the end."""
+        if self._queue.qsize() == UNREAD_MAX:
+            self._queue.get_nowait()
         self._queue.put_nowait(notice)
 
     def close(self) -> None:

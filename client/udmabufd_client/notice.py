@@ -64,6 +64,10 @@ class Notice:
             self.finished.set_result(outcome)
 
 
+UNREAD_MAX: Final = 16
+"""Notices that a listener keeps which nobody reads: all but the last are over."""
+
+
 class Listener(Protocol):
     """What takes notices one after another."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -17,7 +17,7 @@ from udmabufd_client.attachment import Attached, AttachmentBase
 from udmabufd_client.buffer import BufferBase
 from udmabufd_client.errors import CallTimedOut
 from udmabufd_client.loop_thread import LoopThread
-from udmabufd_client.notice import MoveBase, Notice
+from udmabufd_client.notice import UNREAD_MAX, MoveBase, Notice
 from udmabufd_client.service import Service
 from udmabufd_client.share import Share
 from udmabufd_client.spec import check_text, marshal_attach, marshal_move
@@ -126,6 +126,10 @@ class MoveStream:
 
     def put(self, notice: Notice | None) -> None:
         """Take a notice; None at the end."""
+        if self._queue.qsize() >= UNREAD_MAX:
+            # It may be read just now.
+            with suppress(queue.Empty):
+                self._queue.get_nowait()
         self._queue.put(notice)
 
     def close(self) -> None:

@@ -14,23 +14,27 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from udmabufd_base.fd import OwnedFd
+from udmabufd_client import aio_buffer as aio
 from udmabufd_client import bracket as bracket_module
+from udmabufd_client import sync_buffer as sync
+from udmabufd_client.attachment import Attached
 from udmabufd_client.bracket import SyncBracket
 from udmabufd_client.buffer import BufferBase
 from udmabufd_client.contract import BUFFER_PATH_PREFIX, State
 from udmabufd_client.info import BufferInfo
 from udmabufd_client.integrations import linux_dmabuf_planes, plane_array
 from udmabufd_client.memory import Memory
+from udmabufd_client.notice import UNREAD_MAX, MoveKind, Notice
 from udmabufd_client.service import Service
 from udmabufd_client.share import Share
 
@@ -542,3 +546,20 @@ def test_what_is_evicted_again_at_once_is_brought_back_again(service: Recorder) 
             if borrow is not BufferBase.fileno:
                 os.close(number)
             assert next(times) == 2
+
+
+@pytest.mark.parametrize("library", [aio, sync])
+async def test_a_stream_that_nobody_reads_keeps_the_last_moves(service: Recorder, library: Any) -> None:
+    share, served = Share(PATH, BufferInfo(size=SIZE)), cast(Service, service)
+
+    def run(listening: Coroutine[Any, Any, None]) -> None:
+        with pytest.raises(StopIteration):
+            listening.send(None)
+
+    stream = library.MoveStream(*([SimpleNamespace(run=run)] if library is sync else []), served, share)
+    last = 3 * UNREAD_MAX
+    for serial in range(1, last + 1):
+        share.watch.tell(Notice(share, cast(Attached, None), MoveKind.MOVE, serial, 1.0, lambda: None))
+    share.watch.end()
+    read = [move.serial async for move in stream] if library is aio else [move.serial for move in stream]
+    assert read == list(range(last - UNREAD_MAX + 2, last + 1))
