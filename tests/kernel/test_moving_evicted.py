@@ -151,7 +151,7 @@ async def test_nobody_else_lets_go(root: Peer, alice: Importer, service: Running
         with refused("MoveTimedOut"):
             await alice.call("Evict", path=path)
         for one in (alice, other):
-            await one.heard(path, lambda use: use.told.count(("MoveCancelled", 2)) == 2)
+            await one.told(path, "MoveCancelled", 3)
         await alice.heard(path, lambda use: use.fd is not None)
         assert await agreed(root) == before
         assert contents(alice.uses[path].own, MIB) == pattern(MIB, 1)
