@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.unit import moved
-from tests.unit.machine import path_of
+from tests.unit.machine import Killed, path_of
 from tests.unit.moved import FAR, LARGE, STEP, Clients, as_it_is, begun, charges, lingering, two
 from tests.unit.scenes import ALICE, BOB, EVE, ID, SIZE, World
 from tests.unit.time_loop import at_rest
@@ -34,7 +34,7 @@ from udmabufd.core.errors import (
 from udmabufd.core.ledger import Owner, Resource
 from udmabufd.core.limits import Limits
 from udmabufd.core.lingering import LAST_LOOK, LAST_PROOF
-from udmabufd.core.moves import Notice
+from udmabufd.core.moves import Moves, Notice
 from udmabufd.core.spec import PAGE_SIZE
 from udmabufd_base.fd import OwnedFd
 from udmabufd_client.contract import UDMABUF, State
@@ -737,5 +737,34 @@ def test_a_move_that_has_begun_while_the_service_starts_is_no_former_one(play: P
         clients.ready(BOB, 2, 2)
         assert await moving == 2
         assert clients.told(BOB) == [(MOVE, 2), (MOVED, 2)]
+
+    play(scene)
+
+
+def test_what_was_cut_off_is_told_before_a_move_that_begins_while_the_service_starts(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a serial of its own: an answer to the former run is none to it, and its end is not the other's."""
+
+    async def scene(world: World) -> None:
+        clients = await two(world)
+        clients.silent = {BOB}
+        former = asyncio.ensure_future(clients.move())
+        await at_rest()
+        with monkeypatch.context() as starting:
+            starting.setattr(Moves, "resume", lambda _: None)
+            await world.again()
+        with pytest.raises(Killed):
+            await former
+        moving = await begun(clients.move())
+        asked = [(MOVE, 2), (CANCELLED, 2), (MOVE, 3)]
+        assert clients.told(BOB) == asked
+        world.life.service.moving.moves.resume()
+        assert clients.told(BOB) == asked
+        with pytest.raises(Busy, match="^serial: no move to 2 waits"):
+            clients.ready(BOB, 2, 2)
+        clients.ready(BOB, 2, 3)
+        assert await moving == 3
+        assert clients.told(BOB) == [*asked, (MOVED, 3)]
 
     play(scene)

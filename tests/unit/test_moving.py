@@ -476,6 +476,16 @@ class TestAnswers:
 
         play(scene)
 
+    def test_to_nothing_are_refused(self, play: Play) -> None:
+        async def scene(world: World) -> None:
+            clients = Clients(world, await world.create())
+            number = await clients.attach(ALICE)
+            for serial in range(2):
+                with pytest.raises(Busy, match=f"^serial: no move to {serial} waits"):
+                    clients.ready(ALICE, number, serial)
+
+        play(scene)
+
     @pytest.mark.parametrize("what", ["move", "evict"])
     @pytest.mark.parametrize("again", [False, True], ids=["at once", "after a restart"])
     def test_a_late_answer_is_none_to_another_move(self, play: Play, what: str, again: bool) -> None:

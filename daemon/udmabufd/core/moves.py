@@ -128,6 +128,8 @@ class Moves:
         to have; what is raised inside is told them as a cancelled move. `answering` as for held_in_place(). Raises
         MoveTimedOut, Busy.
         """
+        # Calls are served before resume().
+        self._tell_cut_off(buffer)
         importers = [a for a in buffer.attachments.values() if a.wish.dynamic]
         if notice is Notice.MOVE:
             # The call that asks for it is its caller's own answer.
@@ -167,7 +169,7 @@ class Moves:
         """Take an importer's answer. Raises Busy if nothing waits for it."""
         move = self._moves.get(buffer)
         if move is None or move.serial != serial or attachment not in move.told:
-            if attachment.presumed == serial >= buffer.serial:
+            if attachment.presumed and attachment.presumed == serial >= buffer.serial:
                 # It was asked, and answers.
                 attachment.presumed = 0
                 return
@@ -182,14 +184,7 @@ class Moves:
     def resume(self) -> None:
         """Tell what became of the moves that the end of the former run has cut off."""
         for buffer in self._registry:
-            if serial := buffer.cut_off:
-                importers = [a for a in buffer.attachments.values() if a.wish.dynamic]
-                if buffer.serial >= serial:
-                    self._tell_rest(buffer, importers, Notice.MOVED, serial)
-                elif not buffer.evicted:
-                    self._call_off(buffer, importers, serial)
-                buffer.cut_off = 0
-                self._registry.record(buffer)
+            self._tell_cut_off(buffer)
 
     async def _answers(self, move: Move) -> None:
         move.check()
@@ -208,6 +203,16 @@ class Moves:
         if move is not None and attachment in move.waiting:
             move.waiting.remove(attachment)
             move.check()
+
+    def _tell_cut_off(self, buffer: Buffer) -> None:
+        if serial := buffer.cut_off:
+            importers = [a for a in buffer.attachments.values() if a.wish.dynamic]
+            if buffer.serial >= serial:
+                self._tell_rest(buffer, importers, Notice.MOVED, serial)
+            elif not buffer.evicted:
+                self._call_off(buffer, importers, serial)
+            buffer.cut_off = 0
+            self._registry.record(buffer)
 
     def _call_off(self, buffer: Buffer, importers: list[Attachment], serial: int) -> None:
         """Tell those of `importers` that are attached still that the move to `serial` will not take place."""
