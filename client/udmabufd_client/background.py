@@ -28,7 +28,7 @@ class Background:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(_POSTED_AT_ONCE)
-        self._unsent: set[Coroutine[Any, Any, None]] = set()
+        self._unsent: set[asyncio.Task[None]] = set()
         self._all_sent = asyncio.Event()
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -45,20 +45,18 @@ class Background:
         return task
 
     def post(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """start() what sends a message in its first turn, before any call that passed() holds back."""
+        """start() what sends a message in its first turn or the next, before any call that passed() holds back."""
 
         async def begin() -> None:
             async with self._slots:
-                begun()
+                # Link.bring() sends in the next turn, and whoever waits for this goes on in the one after that.
+                self._loop.call_soon(begun)
                 await work
 
         def begun() -> None:
-            self._unsent.discard(work)
+            self._unsent.discard(task)
             if not self._unsent:
                 self._all_sent.set()
-
-        self._unsent.add(work)
-        self._all_sent.clear()
 
         def ended(_: object) -> None:
             # For one that was cancelled before it began.
@@ -66,12 +64,14 @@ class Background:
             work.close()
 
         task = self.start(begin())
+        self._unsent.add(task)
+        self._all_sent.clear()
         task.add_done_callback(ended)
         return task
 
     async def passed(self) -> None:
         """Let what was posted before this send first; but do not wait long for a service that does not answer."""
-        if self._unsent:
+        if self._unsent and asyncio.current_task() not in self._unsent:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LONGEST_PAUSE):
                     await self._all_sent.wait()

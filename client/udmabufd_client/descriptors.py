@@ -128,9 +128,14 @@ class Descriptors:
             log.info("Buffer %s has no new descriptor: %s", stale[0].id, error)
         except (UdmabufError, OSError) as error:
             log.warning("Buffer %s has no descriptor until its next use: %s", stale[0].id, error)
-            if self._session.alive and (self._session.reconnect or self._session.link.lost is None):
+            if self._served:
                 for share in stale:
                     share.memory.send_away()
+
+    @property
+    def _served(self) -> bool:
+        """Whether there is a service to be called, now or when the bus is back."""
+        return self._session.alive and (self._session.reconnect or self._session.link.lost is None)
 
     async def _patiently(self, share: Share) -> tuple[OwnedFd, BufferInfo]:
         left = self._session.home.countdown(_PATIENCE)
@@ -138,7 +143,7 @@ class Descriptors:
             try:
                 return await self._get_fd(share, None, max(left(), 1.0))
             except _PASSING as error:
-                if not left() or not self._session.alive or share.released:
+                if not left() or not self._served or share.released:
                     raise
                 log.debug("GetFd of %s is made again: %s", share.id, error)
             await asyncio.sleep(pause)

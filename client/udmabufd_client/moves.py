@@ -69,6 +69,9 @@ class Moves:
 
     def told(self, path: str, serial: int | None, state: str | None) -> None:
         """The service has said that the buffer has this serial, this state, or both, from now on."""
+        if state == State.EVICTED:
+            # It has waited for no answer of this client's: of that nothing more is told.
+            self._early = {key: asked for key, asked in self._early.items() if key[0] != path}
         going = self._going.get(path)
         if going is None:
             if serial:
@@ -96,6 +99,7 @@ class Moves:
 
     def lost(self) -> None:
         """Nothing is heard any more; memory and descriptors stay valid."""
+        self._early.clear()
         for share in self._shares.all():
             share.watch.end()
         for going in self._going.values():
@@ -105,7 +109,10 @@ class Moves:
         """An attachment that was not known yet may be, or none is to come any more."""
         for path, number in list(self._early):
             if self._known(path, number) or not self._attachments.expected:
-                self._ask(path, number, *self._early.pop((path, number)))
+                asked = self._early.pop((path, number), None)
+                # Whom the one before was told to can have ended the client.
+                if asked is not None:
+                    self._ask(path, number, *asked)
 
     # Asked
 
@@ -152,7 +159,9 @@ class Moves:
                 )
         if not going.caring:
             going.cleared.set()
-        self._session.background.start(self._go(going))
+        going.look_whether_alone()
+        # Also of one that is cancelled before it began.
+        self._session.background.start(self._go(going)).add_done_callback(lambda _: self._finish(going, CANCELLED))
         for share, notice in list(going.notices.items()):
             # One who was told before can have ended others.
             if not share.watch.tell(notice):
@@ -218,13 +227,17 @@ class Moves:
             elif outcome == CANCELLED and going.answering and going.kind == MoveKind.EVICT:
                 await self._descriptors.restore(going.path)
         finally:
-            going.end(outcome)
-            if self._going.get(going.path) is going:
-                del self._going[going.path]
             if stillness is not None:
                 stillness.end()
-            for notice in going.notices.values():
-                notice.finish(outcome)
+            self._finish(going, outcome)
+
+    def _finish(self, going: Relocation, outcome: str) -> None:
+        """It is over, and all has been done about it; a second time does nothing."""
+        going.end(outcome)
+        if self._going.get(going.path) is going:
+            del self._going[going.path]
+        for notice in going.notices.values():
+            notice.finish(outcome)
 
     async def _still(self, going: Relocation, stillness: Stillness) -> bool:
         """Wait until nobody uses the memory; False if it is over before."""

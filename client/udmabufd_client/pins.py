@@ -79,10 +79,11 @@ class Pins:
             return [attached.number]
 
         def late(_: Reply) -> None:
-            # A Pin waits for moves, its caller perhaps not so long: nobody would take it back.
+            # A Pin waits for moves, its caller perhaps not so long: nobody would take it back. One of restore()'s is
+            # found by its next attempt, and counts.
             if member == "Unpin":
                 attached.pins -= 1
-            elif attached.live and not attached.share.released:
+            elif isinstance(target, Share) and attached.live and not attached.share.released:
                 self._session.background.post(self._take_back(attached))
 
         try:

@@ -36,7 +36,7 @@ class Relocation:
         self.cleared = asyncio.Event()
         """Set when no user is to be waited for any more."""
         self.alone = asyncio.Event()
-        """Set when nothing is attached any more that was asked: the end of the move is not told then."""
+        """Set when nothing that was asked is known to be attached: the end of the move is perhaps not told then."""
         self.answering = False
         self.answers: set[asyncio.Task[None]] = set()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -48,5 +48,5 @@ class Relocation:
 
     def look_whether_alone(self) -> None:
         """To be called when something that was asked may have ended."""
-        if self.asked and not any(attached is None or attached.live for attached in self.asked.values()):
+        if self.asked and not any(attached is not None and attached.live for attached in self.asked.values()):
             self.alone.set()

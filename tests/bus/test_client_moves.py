@@ -914,8 +914,9 @@ async def test_a_descriptor_of_earlier_memory_brings_back_what_is_evicted(
             assert (inode(buffer), buffer.info.serial) == (backing.inode, 3)
 
 
+@pytest.mark.parametrize("evict", [False, True])
 async def test_the_loss_of_the_connection_for_good_opens_the_gate(
-    bus: MortalBus, start: Start, backing: Backing
+    bus: MortalBus, start: Start, backing: Backing, *, evict: bool
 ) -> None:
     movers: list[Mover] = []
 
@@ -927,14 +928,17 @@ async def test_the_loss_of_the_connection_for_good_opens_the_gate(
     async with Client.connect(bus.address, timeout=20, reconnect=False) as client:
         with await client.allocate(size=PAGE) as buffer, ExitStack():
             await buffer.attach(CAMERA, dynamic=True)
-            movers[0].ask(1)
+            movers[0].ask(1, evict=evict)
             await movers[0].ready()
             bus.kill()
             movers[0].fake.close()
             async with asyncio.timeout(5):
                 await client.wait_lost()
-                # The mapping and the descriptor stay valid, as after any loss.
+                # The mapping stays valid, as after any loss, and the descriptor, unless it was given up before.
                 await until(lambda: not buffer._memory.gate.shut)
-            with buffer.map():
-                pass
+            if evict:
+                with pytest.raises(errors.ServiceUnavailable):
+                    await buffer.get_fd()
+            else:
+                touch(buffer)
         assert buffer.path == PATH

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from tests.bus.fake_allocator import PAGE
+from tests.bus.fake_allocator import PAGE, attachments
 from tests.bus.moving_buffer import Mover, until
 from tests.bus.private_bus import PrivateBus
-from tests.bus.test_client_moves import backing, client, mover, seen
+from tests.bus.test_client_moves import backing, client, mover, seen, touch
 from tests.bus.test_client_own_moves import blocking, dynamic, in_thread
 from tests.bus.test_client_restart import calls
+from udmabufd_base.codec import Variant
 from udmabufd_base.connection import Incoming
-from udmabufd_client import errors, sync
+from udmabufd_client import errors, pins, sync
 from udmabufd_client.aio import Client, Move
 
 pytestmark = pytest.mark.host
@@ -50,6 +51,23 @@ async def test_who_is_asked_in_the_breath_in_which_it_is_attached_is_asked(mover
         told[0].ready()
         assert await mover.ready() == [[1, 2]]
         mover.cancel(1)
+
+
+async def test_an_eviction_that_is_over_when_its_attachment_is_known_is_over(mover: Mover, client: Client) -> None:
+    """Nobody had a descriptor, so that this client's own Evict waited for no answer."""
+
+    def attach(incoming: Incoming) -> None:
+        mover.client = incoming.header.sender
+        mover.fake.attached(incoming.header, 1)
+        mover.ask(1, evict=True)
+        mover.evict()
+
+    with await client.import_ticket("ticket") as buffer:
+        mover.fake.answers["Attach"] = attach
+        await buffer.attach(CAMERA, dynamic=True)
+        await seen(client)
+        await buffer.get_fd(timeout=4)
+        assert calls(mover.fake, "MoveReady") == 0
 
 
 async def test_a_callback_that_drops_anothers_stream_leaves_the_answer_to_the_library(
@@ -170,6 +188,51 @@ async def test_moves_of_a_blocking_program_end_with_the_client(mover: Mover, blo
     buffer.close()
 
 
+async def test_what_was_asked_too_early_ends_with_the_client(open_bus: PrivateBus, mover: Mover) -> None:
+    client = await Client.connect(open_bus.address, timeout=20, reconnect=False)
+    buffer = await client.allocate(size=PAGE)
+    number = buffer.fileno()
+    mover.fake.answers["Attach"] = lambda incoming: mover.ask(1, evict=True)
+    attaching = asyncio.create_task(buffer.attach(CAMERA, dynamic=True))
+    await until(lambda: buffer.state == "moving")
+    await seen(client)
+    await client.close()
+    with pytest.raises(errors.ServiceUnavailable):
+        await attaching
+    # Nobody is left to be answered, and the descriptor stays valid.
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert buffer.fileno() == number
+    buffer.close()
+
+
+async def test_a_move_that_is_told_in_the_breath_in_which_the_client_ends_is_over(
+    mover: Mover, client: Client
+) -> None:
+    told: list[Move] = []
+    with await client.allocate(size=PAGE) as buffer:
+        await buffer.attach(CAMERA, dynamic=True)
+
+        def leave(move: Move) -> None:
+            told.append(move)
+            client._service.abandon()
+
+        buffer.on_move = leave
+        mover.ask(1)
+        await until(lambda: bool(told))
+        assert await told[0].done(timeout=2) == "cancelled"
+
+
+async def test_the_end_of_a_move_of_an_attachment_that_is_nobodys_is_looked_for(mover: Mover, client: Client) -> None:
+    """Such as one that is being taken back: when it is gone nothing more is told of it."""
+    with await client.allocate(size=PAGE) as buffer:
+        mover.ask(7)
+        await mover.ready()
+        mover.cancel()
+        async with asyncio.timeout(4):
+            await asyncio.to_thread(touch, buffer)
+
+
 # Pins that nobody waits for any more
 
 
@@ -202,6 +265,29 @@ async def test_a_pin_that_nobody_waits_for_any_more_is_taken_back(
         assert (camera.pins, mover.bodies("Unpin")) == (0, [[1]])
 
 
+async def test_a_late_pin_that_restores_another_is_kept(
+    mover: Mover, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a restart of the bus: the next attempt finds it, and makes no other."""
+    taken: list[Incoming] = []
+    with await client.allocate(size=PAGE) as buffer:
+        camera = await buffer.attach(CAMERA, dynamic=True)
+        await camera.pin()
+        restore = client._service.pins.restore
+        row = attachments((1, CAMERA, True))
+        properties = mover.backing.properties() | {"Attachments": row}
+        mover.fake.answers["GetAll"] = lambda incoming: mover.fake.reply(incoming.header, "a{sv}", properties)
+        mover.fake.answers["Pin"] = taken.append
+        with monkeypatch.context() as hasty, pytest.raises(errors.CallTimedOut):
+            hasty.setattr(pins, "DEFAULT_TIMEOUT", 0.2)
+            await restore(camera._attached)
+        mover.fake.reply(taken[0].header)
+        row.value[0]["pins"] = Variant("u", 1)
+        await restore(camera._attached)
+        await seen(client)
+        assert [calls(mover.fake, member) for member in ("Pin", "Unpin")] == [2, 0]
+
+
 async def test_an_unpin_that_nobody_waits_for_any_more_counts(mover: Mover, client: Client) -> None:
     taken: list[Incoming] = []
     with await client.allocate(size=PAGE) as buffer:
@@ -214,6 +300,20 @@ async def test_an_unpin_that_nobody_waits_for_any_more_counts(mover: Mover, clie
         mover.fake.reply(taken[0].header)
         await seen(client)
         assert camera.pins == 0
+
+
+async def test_a_pin_is_taken_back_before_what_comes_next(mover: Mover, client: Client) -> None:
+    def refuse(incoming: Incoming) -> None:
+        mover.fake.fail(incoming.header, "org.udmabufd.Error.IncompatibleConstraints", "it does not suit")
+
+    with await client.allocate(size=PAGE) as buffer:
+        await buffer.attach(CAMERA, dynamic=True)
+        mover.fake.answers["Attach"] = refuse
+        mover.fake.answers["Move"] = lambda incoming: mover.fake.reply(incoming.header, "t", 1)
+        with buffer.map(), pytest.raises(errors.IncompatibleConstraints):
+            await buffer.attach(CARD, dynamic=True)
+        await buffer.move()
+        assert [header.member for header, _ in mover.fake.calls][-2:] == ["Unpin", "Move"]
 
 
 # Answers
