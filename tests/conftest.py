@@ -38,6 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_collection_finish() -> None:
+    """Have the collection of garbage after each test pass over what is there before the first: it was the most of the
+    time of many.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Under tests/run no skip is expected."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
