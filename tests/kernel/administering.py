@@ -96,7 +96,7 @@ class Administered(Relocating):
         self.keeping = self.rng.random() < 0.3
         client = self.client()
         values = spec(size=size, allocator=ORDINARY, name="wanted")
-        with limited(self._present() + RESERVE + size - WANTING):
+        with limited(await self._present() + RESERVE + size - WANTING):
             outcome = await self.outcome(self.peers[client].call("Allocate", "a{sv}", values))
         self.keeping = False
         evicted = {own for own, entry in (await self.listed()).items() if entry["state"] == "evicted"}
@@ -116,12 +116,11 @@ class Administered(Relocating):
         if not outcome.refusal:
             await self._give_back(client, size, outcome.answer)
 
-    def _present(self) -> int:
+    async def _present(self) -> int:
         """Return how many bytes the service reckons with that it has, beside those that could be swapped out."""
         heaps = sum(known.size for known in self.books.buffers if known.allocator == FAR)
         evicted = sum(known.size for known in self.books.buffers if known.evicted)
-        swapped = int((CGROUP / SLICE / "memory.swap.current").read_text())
-        return charged() + heaps - max(evicted - swapped, 0)
+        return charged() + heaps - max(evicted - await self.swapped(), 0)
 
     async def _give_back(self, client: Client, size: int, answer: list[object]) -> None:
         path, fd, _ = answer

@@ -191,11 +191,15 @@ class Compared:
         are on their way there.
         """
         stat = dict(line.split() for line in (CGROUP / SLICE / "memory.stat").read_text().splitlines())
-        swapped = int((CGROUP / SLICE / "memory.swap.current").read_text())
-        status = Path(f"/proc/{await self.pid()}/status").read_text()
-        most = max(swapped - int(status.partition("VmSwap:")[2].split()[0]) * 1024, 0)
+        most = await self.swapped()
         least = max(most - int(stat["swapcached"]), 0)
         return int(stat["shmem"]) + least, int(stat["shmem"]) + most
+
+    async def swapped(self) -> int:
+        """Return how many bytes of files are swapped out, at most; the rest is the service's own."""
+        swapped = int((CGROUP / SLICE / "memory.swap.current").read_text())
+        status = Path(f"/proc/{await self.pid()}/status").read_text()
+        return max(swapped - int(status.partition("VmSwap:")[2].split()[0]) * 1024, 0)
 
     async def held(self) -> Counter[str]:
         """Return the descriptors of the service by kind, and what else the machine has of buffers."""

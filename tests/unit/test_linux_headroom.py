@@ -127,6 +127,22 @@ def test_hybrid_hierarchy(tree: Tree) -> None:
     assert tree.read().limit_name == "memory.max of udmabufd.service"
 
 
+def test_what_could_be_swapped_out(tree: Tree) -> None:
+    """Of what is evicted: not what is out already, of which the pages of the service itself are no part."""
+    headroom = Headroom(tree.root, tree.proc)
+    tree.meminfo(f"SwapFree: {100 * 1024} kB\n")
+    assert headroom.reclaimable(16 * MIB) == 16 * MIB
+    tree.group("udmabufd.slice", **{"swap.current": 30 * MIB})
+    assert headroom.reclaimable(16 * MIB) == 0
+    (tree.proc / "self/status").write_text(f"Name:\tudmabufd\nVmSwap:\t{20 * 1024} kB\nThreads:\t1\n")
+    assert headroom.reclaimable(16 * MIB) == 6 * MIB
+    assert headroom.reclaimable(8 * MIB) == 0
+    # No further than there is swap, for all or for the group.
+    assert headroom.reclaimable(1000 * MIB) == 100 * MIB
+    tree.group("udmabufd.slice", **{"swap.max": 34 * MIB})
+    assert headroom.reclaimable(16 * MIB) == 4 * MIB
+
+
 def test_without_proc(tmp_path: Path) -> None:
     """Nothing can be said then."""
     with pytest.raises(OSError):

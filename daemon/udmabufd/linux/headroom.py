@@ -72,6 +72,8 @@ class Headroom:
                 free = min(free, limit - (_figure(group / "memory.swap.current") or 0))
         own = self._own_group()
         swapped = 0 if own is None else _figure(own / "memory.swap.current") or 0
+        # What an idle process has lost of its own memory is none of theirs.
+        swapped = max(swapped - self._own_swap(), 0)
         return max(min(evicted - swapped, free), 0)
 
     def shared_memory(self) -> int | None:
@@ -102,6 +104,17 @@ class Headroom:
             if name == field:
                 return int(value.split()[0]) * 1024
         raise OSError(errno.ENODATA, f"/proc/meminfo has no {field}")
+
+    def _own_swap(self) -> int:
+        """Return the bytes of this process's own memory that are swapped out: not those of memfds (VmSwap in
+        Documentation/filesystems/proc.rst).
+        """
+        try:
+            status = (self._proc / "self/status").read_text(errors="replace")
+        except OSError:
+            return 0
+        _, found, line = status.partition("\nVmSwap:")
+        return int(line.split()[0]) * 1024 if found else 0
 
     def _own_group(self) -> Path | None:
         """Return the slice of the service's own: what a former life has allocated is counted there; or else the group
