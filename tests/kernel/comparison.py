@@ -185,7 +185,7 @@ class Compared:
 
     async def charged_to_buffers(self) -> tuple[int, int]:
         """Return how many bytes of files, swapped out or not, the kernel charges the slice with: at least, at most.
-        The rest of memory.current is the service's own, where huge pages stay charged that it has unmapped in part.
+        The rest of memory.current is the service's own.
 
         Own pages that were read in again keep their place in the swap, and nothing tells them from files' pages that
         are on their way there.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
@@ -19,6 +20,21 @@ from udmabufd.linux import udmabuf
 from udmabufd_base.fd import OwnedFd
 
 _FAILED = pytest.StashKey[bool]()
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def steady_memory() -> Iterator[None]:
+    """Nothing collects a process's own pages into huge ones meanwhile: whoever measures what is charged would find
+    2 MiB more while that lasts (khugepaged charges the new page before it frees the old; mm/khugepaged.c).
+
+    What memfds are made of is another setting's.
+    """
+    (before,) = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text())
+    _HUGE_PAGES.write_text("never")
+    yield
+    _HUGE_PAGES.write_text(before)
 
 
 @pytest.fixture
