@@ -92,6 +92,7 @@ class Administered(Relocating):
         idle = [known for known in idle if known.attachments or not known.fds]
         if not idle and self.rng.random() < 0.8:
             return
+        await self.closed()
         size = SIZES[-1]
         self.keeping = self.rng.random() < 0.3
         client = self.client()
@@ -120,7 +121,8 @@ class Administered(Relocating):
         """Return how many bytes the service reckons with that it has, beside those that could be swapped out."""
         heaps = sum(known.size for known in self.books.buffers if known.allocator == FAR)
         evicted = sum(known.size for known in self.books.buffers if known.evicted)
-        return charged() + heaps - max(evicted - await self.swapped(), 0)
+        swappable = max(evicted - await self.swapped(), 0)
+        return charged() + heaps - swappable
 
     async def _give_back(self, client: Client, size: int, answer: list[object]) -> None:
         path, fd, _ = answer

@@ -64,6 +64,8 @@ class Compared:
         self.happened: Counter[str] = Counter()
         self.giving_up = False
         """Whether the service may be closing memory just now that was made in vain, or copied: it is charged still."""
+        self.at_rest: Counter[str] = Counter()
+        """What held() finds when nobody has anything."""
         self.root = users[0]
         self._users = users
         self._address = address
@@ -174,6 +176,14 @@ class Compared:
                 await self._users[uid].call("Allocate", "a{sv}", spec(size=TOO_MUCH, allocator="heap:system"))
             except RemoteError as refusal:
                 assert refusal.name == error("QuotaExceeded"), refusal
+
+    async def closed(self) -> None:
+        """Wait until the dma-bufs of what was given up are closed: until then it is charged."""
+        own = sum(known.backed and not known.evicted for known in self.books.buffers)
+        most, deadline = self.at_rest["dma-bufs of the machine"] + own, time.monotonic() + 10
+        while (found := len(bufinfo())) > most:
+            assert time.monotonic() < deadline, f"there should be {most} dma-bufs, and are {found}"
+            await asyncio.sleep(0.1)
 
     # What the kernel and systemd have.
 

@@ -74,7 +74,7 @@ class History(Importers):
         """Do so many steps, and `more` before some of them; the service has `held` when nobody has anything. Return by
         how many bytes the slice's memory was off at the end.
         """
-        self.done = []
+        self.done, self.at_rest = [], held
         before, _ = await self.charged_to_buffers()
         await self.begin()
         for self.step in range(steps):
@@ -86,7 +86,7 @@ class History(Importers):
         await self.look()
         charged = self.slice_bytes()
         off = await self.agreed(before + charged)
-        await self.finish(held)
+        await self.finish()
         return max(off, await self.agreed(before))
 
     async def agreed(self, expected: int) -> int:
@@ -138,15 +138,15 @@ class History(Importers):
                 assert not (wrong := difference(fds[0], known.size, known.content)), f"{wrong}: {known}"
         await self.compare()
 
-    async def finish(self, held: Counter[str]) -> None:
-        """Let everything go; what the service has then is `held`."""
+    async def finish(self) -> None:
+        """Let everything go; see that the service is at rest then."""
         await self.gone(*self.peers)
         self.close_all()
         await self.settled()
         assert not self.books.buffers
         deadline = time.monotonic() + 10
-        while (left := await self.held()) != held:
-            assert time.monotonic() < deadline, f"the service had {held}, and has {left}"
+        while (left := await self.held()) != self.at_rest:
+            assert time.monotonic() < deadline, f"the service had {self.at_rest}, and has {left}"
 
     def close_all(self) -> None:
         """Close whatever the clients have."""
